@@ -1,0 +1,1 @@
+//! Agent: the node's label becomes the confidential-computing mode of its GPUs.

@@ -1,0 +1,3 @@
+//! Agent: the node's label becomes the confidential-computing mode of its GPUs.
+
+fn main() {}

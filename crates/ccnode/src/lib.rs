@@ -1,0 +1,1 @@
+//! Command line for people: what a node is, and why it is not ready.

@@ -1,0 +1,3 @@
+//! Command line for people: what a node is, and why it is not ready.
+
+fn main() {}

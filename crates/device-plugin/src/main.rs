@@ -1,0 +1,3 @@
+//! Agent: VFIO-bound GPUs and NVSwitches offered to the kubelet, with CDI files for Kata.
+
+fn main() {}

@@ -1,0 +1,227 @@
+//! What sysfs says of one PCI function, and what ccnode makes of it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Bdf;
+
+/// One PCI function as sysfs showed it at the time of the scan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PciFunction {
+    /// PCI address.
+    pub bdf: Bdf,
+    /// Vendor id (`0x10de` is NVIDIA).
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+    /// Subsystem vendor id, where sysfs has it.
+    pub subsystem_vendor: Option<u16>,
+    /// Subsystem device id, where sysfs has it.
+    pub subsystem_device: Option<u16>,
+    /// Class code, 24 bits: base class, sub-class, programming interface.
+    pub class: u32,
+    /// Revision id.
+    pub revision: u8,
+    /// What the class and the ids say it is.
+    pub kind: DeviceKind,
+    /// The device table's knowledge of this model; present for every NVIDIA GPU and NVSwitch that the table knows.
+    pub model: Option<Model>,
+    /// Product name for people: the table's, else the PCI ID repository's (feature `names`), else none.
+    pub name: Option<String>,
+    /// Name of the bound driver.
+    pub driver: Option<String>,
+    /// Text of `driver_override`, when one is set (the kernel prints `(null)` for none).
+    pub driver_override: Option<String>,
+    /// Number of the IOMMU group.
+    pub iommu_group: Option<u32>,
+    /// VFIO character device, when a VFIO driver is bound and the kernel has cdevs.
+    pub vfio_cdev: Option<VfioCdev>,
+    /// NUMA node; none where the kernel says -1.
+    pub numa_node: Option<u32>,
+    /// Assigned memory BARs and I/O BARs by their true resource numbers (0 to 5).
+    pub bars: Vec<Bar>,
+    /// Words of `reset_method`, in the order the kernel tries them; empty when the function cannot be reset.
+    pub reset_methods: Vec<String>,
+    /// Runtime power state.
+    pub power: Power,
+    /// PCI Express link, where the function has one.
+    pub link: Option<Link>,
+    /// Whether it is an SR-IOV virtual function (`physfn` exists).
+    pub is_virtual_function: bool,
+    /// The functions between this one and its root port, nearest first.
+    pub upstream: Vec<Bdf>,
+    /// Functions that the kernel links to this one as consumers (a GPU's audio function, usually).
+    pub consumers: Vec<Bdf>,
+    /// Text of `modalias`, without the line end.
+    pub modalias: Option<String>,
+}
+
+impl PciFunction {
+    /// Whether it is an NVIDIA GPU, of whatever generation.
+    pub fn is_gpu(&self) -> bool {
+        self.kind == DeviceKind::Gpu
+    }
+
+    /// Whether it is an NVSwitch.
+    pub fn is_nvswitch(&self) -> bool {
+        self.kind == DeviceKind::NvSwitch
+    }
+
+    /// Whether the bound driver is a VFIO driver: `vfio-pci`, a variant such as `nvgrace_gpu_vfio_pci`, or any driver
+    /// under which the kernel made a VFIO character device. The one notion of it in all of ccnode.
+    pub fn is_vfio_bound(&self) -> bool {
+        self.driver.as_deref().is_some_and(|driver| {
+            self.vfio_cdev.is_some() || driver == "vfio-pci" || driver.ends_with("_vfio_pci") || driver.ends_with("-vfio-pci")
+        })
+    }
+}
+
+/// What a function is, by vendor and class (gpu-cc-protocol section 1.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceKind {
+    /// NVIDIA, class 0x030000 (VGA) or 0x030200 (3D).
+    Gpu,
+    /// NVIDIA, class 0x068000 (other bridge).
+    NvSwitch,
+    /// NVIDIA, any other class: audio and USB functions of boards, bridges.
+    NvidiaOther,
+    /// Another vendor's.
+    Foreign,
+}
+
+/// One resource line of a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bar {
+    /// Resource number, the N of `resourceN`: 64-bit BARs leave a gap.
+    pub number: u8,
+    /// First bus address.
+    pub start: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Whether it is I/O space rather than memory.
+    pub io: bool,
+    /// Whether it is a 64-bit memory BAR.
+    pub is_64bit: bool,
+    /// Whether it is prefetchable.
+    pub prefetchable: bool,
+}
+
+/// The VFIO character device of a bound function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VfioCdev {
+    /// Entry under `vfio-dev/` (`vfio0`); its node is `/dev/vfio/devices/<name>`.
+    pub name: String,
+    /// Major number, from its `dev` file.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+}
+
+/// Runtime power management of a function.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Power {
+    /// `power/control`: `auto` or `on`.
+    pub control: Option<String>,
+    /// `power/runtime_status`: `active`, `suspended`, ...
+    pub runtime_status: Option<String>,
+    /// `power_state`: `D0`, `D3hot`, `D3cold`, `unknown`.
+    pub state: Option<String>,
+}
+
+/// Speed and width of a PCI Express link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// `current_link_speed` as the kernel words it (`32.0 GT/s PCIe`).
+    pub speed: String,
+    /// Lanes in use; 0 when the link is down.
+    pub width: u8,
+    /// `max_link_speed`.
+    pub max_speed: String,
+    /// Most lanes.
+    pub max_width: u8,
+}
+
+/// GPU and NVSwitch generations, oldest first, so that "Hopper or newer" is a comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Architecture {
+    /// GK1xx.
+    Kepler,
+    /// GM1xx, GM2xx.
+    Maxwell,
+    /// GP1xx.
+    Pascal,
+    /// GV1xx.
+    Volta,
+    /// TU1xx.
+    Turing,
+    /// GA1xx.
+    Ampere,
+    /// AD1xx.
+    Ada,
+    /// GH100.
+    Hopper,
+    /// GB1xx, GB2xx.
+    Blackwell,
+    /// NVSwitch LR10.
+    Limerock,
+    /// NVSwitch LS10.
+    Laguna,
+}
+
+/// What the device table (devices.csv) knows of a model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Model {
+    /// The table's name: `H100`, `RTX-PRO-6000`, `Generic-GB202`.
+    pub name: String,
+    /// Generation.
+    pub architecture: Architecture,
+    /// Chip in lower case: `gh100`, `gb202`, `ls10`.
+    pub chip: String,
+    /// Board form, where the subsystem id tells.
+    pub form_factor: Option<FormFactor>,
+    /// Whether the GPU hangs on a Grace CPU by NVLink-C2C; none where the table cannot tell without the subsystem id.
+    pub has_c2c: Option<bool>,
+    /// Whether the confidential-computing state can be read.
+    pub cc_query: bool,
+    /// Whether confidential computing can be enabled.
+    pub cc_enable: CcEnable,
+    /// Whether it takes part in protected PCIe (Hopper GPUs and LS10 switches).
+    pub ppcie: bool,
+    /// How its firmware is spoken to; none for devices without an FSP.
+    pub fsp_transport: Option<FspTransport>,
+}
+
+/// Whether a model's confidential-computing mode can be turned on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CcEnable {
+    /// Yes.
+    Yes,
+    /// No.
+    No,
+    /// Only `off` is accepted (C2C parts without the firmware bit that says otherwise).
+    OffOnly,
+    /// Depends on a subsystem id that the table does not know.
+    BySubsystem,
+}
+
+/// How a board is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FormFactor {
+    /// Add-in card.
+    Pcie,
+    /// Module on an HGX baseboard.
+    Sxm,
+}
+
+/// Mailbox through which the FSP (the device's security processor) is spoken to (gpu-cc-protocol section 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FspTransport {
+    /// EMEM queue, channel 2: Hopper GPUs and LS10 switches.
+    EmemChannel2,
+    /// MNOC mailbox, port 0: Blackwell GPUs.
+    MnocPort0,
+}

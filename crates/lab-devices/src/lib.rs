@@ -1,0 +1,1 @@
+//! Virtual GPUs and NVSwitches over vfio-user, written from the protocol specification alone.

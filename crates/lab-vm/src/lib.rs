@@ -1,0 +1,1 @@
+//! A real kernel in QEMU with the virtual devices: artifacts, topologies, files in and out.

@@ -1,0 +1,1 @@
+//! Labels, annotations and events of one Kubernetes node.

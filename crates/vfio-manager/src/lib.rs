@@ -1,0 +1,1 @@
+//! Agent: GPUs, and what shares their IOMMU groups, bound to VFIO and kept bound.
