@@ -4,11 +4,128 @@
 //! reader does not know are ignored, and one schema version older or newer is accepted, so that agents of neighbouring
 //! releases understand each other.
 
-use hw_probe::Bdf;
+use std::path::{Path, PathBuf};
+
+use hw_probe::{Bdf, PciFunction};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+use crate::hostfile::{HostDir, HostFileError};
 
 /// Version of the schemas in this module.
 pub const SCHEMA: u32 = 1;
+
+/// Where the exchanged files are on the host.
+pub const STATE_DIR: &str = "/run/nvidia/ccnode";
+/// Name of [`DevicesFile`] in [`STATE_DIR`].
+pub const DEVICES_FILE: &str = "devices.json";
+/// Name of [`BindingsFile`] in [`STATE_DIR`].
+pub const BINDINGS_FILE: &str = "bindings.json";
+/// Largest exchanged file that is read, in bytes: a thousand times what a node with 16 devices needs.
+const MAX_BYTES: u64 = 4 << 20;
+
+/// [`STATE_DIR`] as it is seen below the host's root file system (`/` outside containers).
+pub fn state_dir(host_root: &Path) -> PathBuf {
+    host_root.join(STATE_DIR.trim_start_matches('/'))
+}
+
+/// Why an exchanged file could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The file itself.
+    #[error(transparent)]
+    File(#[from] HostFileError),
+    /// Its content.
+    #[error("{path} does not hold what it should")]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+}
+
+/// Reads one exchanged file; none when it is absent, of another boot, or of a schema too far from ours.
+fn load<T: DeserializeOwned>(dir: &HostDir, name: &str, boot_id: &str) -> Result<Option<T>, StateError> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Head {
+        schema: u32,
+        #[serde(default)]
+        boot_id: Option<String>,
+    }
+    let Some(bytes) = dir.read(name, MAX_BYTES)? else { return Ok(None) };
+    let content = |source| StateError::Content { path: dir.path().join(name), source };
+    // The head first: what belongs elsewhere is discarded whatever the rest looks like.
+    let head: Head = serde_json::from_slice(&bytes).map_err(content)?;
+    let path = dir.path().join(name);
+    if head.schema.abs_diff(SCHEMA) > 1 {
+        tracing::warn!(path = %path.display(), schema = head.schema, known = SCHEMA, "File of an unknown schema discarded");
+        return Ok(None);
+    }
+    if boot_id.is_empty() || head.boot_id.as_deref() != Some(boot_id) {
+        tracing::debug!(path = %path.display(), "File of another boot discarded");
+        return Ok(None);
+    }
+    serde_json::from_slice(&bytes).map(Some).map_err(content)
+}
+
+fn store<T: Serialize>(value: &T, dir: &HostDir, name: &str) -> Result<(), StateError> {
+    let mut bytes =
+        serde_json::to_vec(value).map_err(|source| StateError::Content { path: dir.path().join(name), source })?;
+    bytes.push(b'\n');
+    Ok(dir.write_atomic(name, &bytes, 0o644)?)
+}
+
+impl DevicesFile {
+    /// Reads `devices.json`; none when it is absent, of another boot, or of a schema too far from ours.
+    pub fn load(dir: &HostDir, boot_id: &str) -> Result<Option<Self>, StateError> {
+        load(dir, DEVICES_FILE, boot_id)
+    }
+
+    /// Replaces `devices.json`.
+    pub fn store(&self, dir: &HostDir) -> Result<(), StateError> {
+        store(self, dir, DEVICES_FILE)
+    }
+
+    /// The record of the device at `function`'s address, if it is the same device.
+    pub fn record(&self, function: &PciFunction) -> Option<&DeviceRecord> {
+        let identity = Identity::of(function);
+        self.devices.iter().find(|record| record.bdf == function.bdf && record.identity == identity)
+    }
+}
+
+impl BindingsFile {
+    /// Reads `bindings.json`; none when it is absent, of another boot, or of a schema too far from ours.
+    pub fn load(dir: &HostDir, boot_id: &str) -> Result<Option<Self>, StateError> {
+        load(dir, BINDINGS_FILE, boot_id)
+    }
+
+    /// Replaces `bindings.json`.
+    pub fn store(&self, dir: &HostDir) -> Result<(), StateError> {
+        store(self, dir, BINDINGS_FILE)
+    }
+}
+
+impl Origin {
+    /// An origin of this schema, written now.
+    pub fn now(boot_id: impl Into<String>, node_uid: Option<String>) -> Self {
+        Self { schema: SCHEMA, node_uid, boot_id: boot_id.into(), written_at: jiff::Timestamp::now() }
+    }
+}
+
+impl Identity {
+    /// The identity of a function as the scan saw it.
+    pub fn of(function: &PciFunction) -> Self {
+        Self {
+            ids: format!("{:04x}:{:04x}", function.vendor, function.device),
+            subsystem: function
+                .subsystem_vendor
+                .zip(function.subsystem_device)
+                .map(|(vendor, device)| format!("{vendor:04x}:{device:04x}")),
+        }
+    }
+}
 
 /// `devices.json`: what cc-manager last verified of each device, and what is in transition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,4 +240,71 @@ pub struct BindingRecord {
     pub driver_override: Option<String>,
     /// When it was taken.
     pub taken_at: jiff::Timestamp,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(boot_id: &str) -> DevicesFile {
+        DevicesFile {
+            origin: Origin::now(boot_id, Some("uid".to_owned())),
+            transition: None,
+            devices: vec![DeviceRecord {
+                bdf: "0000:41:00.0".parse().unwrap(),
+                identity: Identity { ids: "10de:2330".to_owned(), subsystem: Some("10de:16c1".to_owned()) },
+                configured_mode: Some("on".to_owned()),
+                active_mode: Some("on".to_owned()),
+                verified_at: Some(jiff::Timestamp::now()),
+                usable: true,
+                error: None,
+            }],
+        }
+    }
+
+    #[test]
+    fn files_come_back_in_the_same_boot_only() {
+        let here = tempfile::tempdir().unwrap();
+        let dir = HostDir::open(here.path()).unwrap();
+        assert_eq!(DevicesFile::load(&dir, "boot").unwrap(), None);
+        let written = file("boot");
+        written.store(&dir).unwrap();
+        assert_eq!(DevicesFile::load(&dir, "boot").unwrap().unwrap(), written);
+        assert_eq!(DevicesFile::load(&dir, "another").unwrap(), None);
+        assert_eq!(DevicesFile::load(&dir, "").unwrap(), None);
+
+        let bindings = BindingsFile { origin: Origin::now("boot", None), devices: Vec::new() };
+        bindings.store(&dir).unwrap();
+        assert_eq!(BindingsFile::load(&dir, "boot").unwrap().unwrap(), bindings);
+    }
+
+    #[test]
+    fn neighbouring_schemas_and_unknown_fields_are_read() {
+        let here = tempfile::tempdir().unwrap();
+        let dir = HostDir::open(here.path()).unwrap();
+        for (schema, read) in [(0, true), (1, true), (2, true), (3, false), (u32::MAX, false)] {
+            let mut value = serde_json::to_value(file("boot")).unwrap();
+            value["schema"] = schema.into();
+            value["news"] = "from the future".into();
+            dir.write_atomic(DEVICES_FILE, value.to_string().as_bytes(), 0o644).unwrap();
+            assert_eq!(DevicesFile::load(&dir, "boot").unwrap().is_some(), read, "schema {schema}");
+        }
+    }
+
+    #[test]
+    fn nonsense_is_an_error_and_never_a_panic() {
+        let here = tempfile::tempdir().unwrap();
+        let dir = HostDir::open(here.path()).unwrap();
+        for text in ["", "{", "[]", "{\"schema\":-1}", "{\"schema\":1,\"bootId\":\"boot\"}", "\u{0}"] {
+            dir.write_atomic(DEVICES_FILE, text.as_bytes(), 0o644).unwrap();
+            let error = DevicesFile::load(&dir, "boot").unwrap_err();
+            assert!(error.to_string().contains("devices.json"), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_directory_below_a_host_root() {
+        assert_eq!(state_dir(Path::new("/")), Path::new("/run/nvidia/ccnode"));
+        assert_eq!(state_dir(Path::new("/host")), Path::new("/host/run/nvidia/ccnode"));
+    }
 }
