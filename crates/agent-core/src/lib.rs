@@ -18,6 +18,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod backoff;
 pub mod health;
 pub mod hostfile;
 mod hostroot;
@@ -27,5 +28,6 @@ pub mod metrics;
 pub mod readiness;
 pub mod shutdown;
 pub mod state;
+pub mod text;
 
 pub use hostroot::host_root;
