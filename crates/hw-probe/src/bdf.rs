@@ -51,6 +51,14 @@ impl FromStr for Bdf {
     }
 }
 
+impl TryFrom<&str> for Bdf {
+    type Error = BdfError;
+
+    fn try_from(text: &str) -> Result<Self, BdfError> {
+        text.parse()
+    }
+}
+
 /// Hexadecimal of at most `most` digits, and of at least one: `from_str_radix` alone would accept a sign.
 fn hex(text: &str, most: usize) -> Option<u32> {
     let plain = !text.is_empty() && text.len() <= most && text.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -85,7 +93,8 @@ mod tests {
 
     #[test]
     fn anything_else_is_refused() {
-        for text in ["", "41:00.0", "0000:41:00", "0000:41:20.0", "0000:41:00.8", "0000:+1:00.0", "0000:41:00.0\n", "é"] {
+        for text in ["", "41:00.0", "0000:41:00", "0000:41:20.0", "0000:41:00.8", "0000:+1:00.0", "0000:41:00.0\n", "é"]
+        {
             assert!(text.parse::<Bdf>().is_err(), "{text:?}");
         }
     }

@@ -4,6 +4,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::Bdf;
 
+/// NVIDIA's PCI vendor id.
+pub const NVIDIA: u16 = 0x10de;
+
+/// Stands in [`PciFunction::reset_methods`] for whatever the kernel would use, on kernels that offer `reset` but have no
+/// `reset_method` (before 5.15).
+pub const RESET_UNNAMED: &str = "unnamed";
+
+/// Stands in [`PciFunction::driver`] when a driver is bound whose name cannot be read: never mistake it for none.
+pub const DRIVER_UNREADABLE: &str = "(unreadable)";
+
 /// One PCI function as sysfs showed it at the time of the scan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PciFunction {
@@ -25,7 +35,8 @@ pub struct PciFunction {
     pub kind: DeviceKind,
     /// The device table's knowledge of this model; present for every NVIDIA GPU and NVSwitch that the table knows.
     pub model: Option<Model>,
-    /// Product name for people: the table's, else the PCI ID repository's (feature `names`), else none.
+    /// Product name for people: the table's (`H100`), or where that is only generic or missing the PCI ID repository's
+    /// (`GB202 [GeForce RTX 5090]`), else the generic one, else none.
     pub name: Option<String>,
     /// Name of the bound driver.
     pub driver: Option<String>,
@@ -39,15 +50,16 @@ pub struct PciFunction {
     pub numa_node: Option<u32>,
     /// Assigned memory BARs and I/O BARs by their true resource numbers (0 to 5).
     pub bars: Vec<Bar>,
-    /// Words of `reset_method`, in the order the kernel tries them; empty when the function cannot be reset.
+    /// Words of `reset_method`, in the order the kernel tries them; empty when the function cannot be reset;
+    /// [`RESET_UNNAMED`] alone when the kernel does not say how.
     pub reset_methods: Vec<String>,
     /// Runtime power state.
     pub power: Power,
-    /// PCI Express link, where the function has one.
+    /// PCI Express link, where the function has one; not read, and so none, while the function is in D3cold.
     pub link: Option<Link>,
     /// Whether it is an SR-IOV virtual function (`physfn` exists).
     pub is_virtual_function: bool,
-    /// The functions between this one and its root port, nearest first.
+    /// The bridges above this function, nearest first, the root port last; empty on a root bus.
     pub upstream: Vec<Bdf>,
     /// Functions that the kernel links to this one as consumers (a GPU's audio function, usually).
     pub consumers: Vec<Bdf>,
@@ -70,7 +82,10 @@ impl PciFunction {
     /// under which the kernel made a VFIO character device. The one notion of it in all of ccnode.
     pub fn is_vfio_bound(&self) -> bool {
         self.driver.as_deref().is_some_and(|driver| {
-            self.vfio_cdev.is_some() || driver == "vfio-pci" || driver.ends_with("_vfio_pci") || driver.ends_with("-vfio-pci")
+            self.vfio_cdev.is_some()
+                || driver == "vfio-pci"
+                || driver.ends_with("_vfio_pci")
+                || driver.ends_with("-vfio-pci")
         })
     }
 }
@@ -182,6 +197,8 @@ pub struct Model {
     pub form_factor: Option<FormFactor>,
     /// Whether the GPU hangs on a Grace CPU by NVLink-C2C; none where the table cannot tell without the subsystem id.
     pub has_c2c: Option<bool>,
+    /// Whether a module's id has one bit flipped on this board; none where the table cannot tell.
+    pub module_id_bit_flip: Option<bool>,
     /// Whether the confidential-computing state can be read.
     pub cc_query: bool,
     /// Whether confidential computing can be enabled.
@@ -190,6 +207,62 @@ pub struct Model {
     pub ppcie: bool,
     /// How its firmware is spoken to; none for devices without an FSP.
     pub fsp_transport: Option<FspTransport>,
+    /// BAR0 offset of the boot status word (gpu-cc-protocol section 5.1); none for devices without an FSP.
+    pub boot_register: Option<u32>,
+    /// Where the effective CC mode is shown (gpu-cc-protocol section 3).
+    pub cc_register: Option<BitField>,
+    /// Where the effective PPCIe mode is shown.
+    pub ppcie_register: Option<BitField>,
+    /// What tells whether BAR0 is still closed after a reset; none for models without a BAR firewall.
+    pub bar_firewall: Option<BarFirewall>,
+}
+
+/// Bits of a 32-bit BAR0 register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitField {
+    /// Offset in BAR0, in bytes, a multiple of 4.
+    pub offset: u32,
+    /// Highest bit, 0 to 31.
+    pub high: u8,
+    /// Lowest bit, not above `high`.
+    pub low: u8,
+}
+
+impl BitField {
+    /// The field's value in the register's `word`.
+    pub fn extract(self, word: u32) -> u32 {
+        let width = u32::from(self.high.saturating_sub(self.low)) + 1;
+        let mask = u32::MAX >> 32_u32.saturating_sub(width);
+        word.checked_shr(u32::from(self.low)).unwrap_or(0) & mask
+    }
+}
+
+/// The configuration-space bit that is 1 while BAR0 is closed (gpu-cc-protocol sections 5.2 and 12).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BarFirewall {
+    /// In a designated vendor-specific capability (id 0x23).
+    Dvsec {
+        /// Vendor of the capability.
+        vendor: u16,
+        /// Its DVSEC id.
+        id: u16,
+        /// Offset of the 32-bit word from the capability's start, in bytes.
+        offset: u16,
+        /// Bit of the word.
+        bit: u8,
+    },
+    /// In a vendor-specific capability (id 0x0b).
+    Vsec {
+        /// The capability's VSEC id.
+        id: u16,
+        /// Its revision.
+        revision: u8,
+        /// Offset of the 32-bit word from the capability's start, in bytes.
+        offset: u16,
+        /// Bit of the word.
+        bit: u8,
+    },
 }
 
 /// Whether a model's confidential-computing mode can be turned on.
@@ -224,4 +297,22 @@ pub enum FspTransport {
     EmemChannel2,
     /// MNOC mailbox, port 0: Blackwell GPUs.
     MnocPort0,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_cut_out_of_words() {
+        for (high, low, word, value) in [
+            (1, 0, 0xffff_fffe, 2),
+            (5, 5, 0x20, 1),
+            (5, 5, 0xffff_ffdf, 0),
+            (31, 0, 0x1234_5678, 0x1234_5678),
+            (31, 31, 1 << 31, 1),
+        ] {
+            assert_eq!(BitField { offset: 0, high, low }.extract(word), value, "[{high}:{low}] of {word:#x}");
+        }
+    }
 }

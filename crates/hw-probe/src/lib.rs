@@ -11,16 +11,27 @@
 //! }
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod bdf;
+pub mod config;
 mod function;
 mod host;
 mod inventory;
+mod names;
 mod root;
+mod scan;
+mod sysfs;
+mod table;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use bdf::{Bdf, BdfError};
 pub use function::{
-    Architecture, Bar, CcEnable, DeviceKind, FormFactor, FspTransport, Link, Model, PciFunction, Power, VfioCdev,
+    Architecture, Bar, BarFirewall, BitField, CcEnable, DRIVER_UNREADABLE, DeviceKind, FormFactor, FspTransport, Link,
+    Model, NVIDIA, PciFunction, Power, RESET_UNNAMED, VfioCdev,
 };
 pub use host::{HostFacts, IommuState, Lockdown, Tee};
 pub use inventory::{Inventory, Problem};
+pub use names::pci_ids_name;
 pub use root::SysRoot;

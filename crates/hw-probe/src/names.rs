@@ -1,0 +1,48 @@
+//! Names of the PCI ID repository.
+
+/// The PCI ID repository's text for a device id (`GH100 [H100 SXM5 80GB]`), from which the sandbox device plugin of the
+/// GPU Operator makes its per-model resource names (operator-contract section 7.5).
+///
+/// With the feature `names`, every device of the repository's edition 2025.07.11, the one the reference plugin embeds,
+/// is known, and the device table fills in what is newer; without the feature only the NVIDIA devices of the table are.
+pub fn pci_ids_name(vendor: u16, device: u16) -> Option<&'static str> {
+    repository(vendor, device)
+        .or_else(|| (vendor == crate::NVIDIA).then(|| crate::table::pci_ids_name(device)).flatten())
+}
+
+#[cfg(feature = "names")]
+fn repository(vendor: u16, device: u16) -> Option<&'static str> {
+    pci_ids::Device::from_vid_pid(vendor, device).map(pci_ids::Device::name)
+}
+
+#[cfg(not(feature = "names"))]
+fn repository(_vendor: u16, _device: u16) -> Option<&'static str> {
+    None
+}
+
+#[cfg(all(test, feature = "names"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_behind_the_operators_resource_names() {
+        // operator-contract section 7.5
+        for (device, text) in [
+            (0x2330, "GH100 [H100 SXM5 80GB]"),
+            (0x2331, "GH100 [H100 PCIe]"),
+            (0x2321, "GH100 [H100L 94GB]"),
+            (0x2335, "GH100 [H200 SXM 141GB]"),
+            (0x2901, "GB100 [B200]"),
+            (0x22a3, "GH100 [H100 NVSwitch]"),
+        ] {
+            assert_eq!(pci_ids_name(0x10de, device), Some(text), "{device:04x}");
+            assert_eq!(crate::table::pci_ids_name(device), Some(text), "the table's copy for {device:04x}");
+        }
+    }
+
+    #[test]
+    fn what_nobody_registered_has_no_name() {
+        assert_eq!(pci_ids_name(0x10de, 0xffff), None);
+        assert_eq!(pci_ids_name(0xfffe, 0x2330), None);
+    }
+}
