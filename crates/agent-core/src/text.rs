@@ -42,7 +42,7 @@ mod tests {
     fn times_have_units() {
         assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        assert_eq!(duration("2m"), Ok(Duration::from_mins(2)));
         for text in ["", "s", "-1s", "1w", "0s", "99999999999999999999h", "25h", "1é"] {
             assert!(duration(text).is_err(), "{text:?}");
         }
