@@ -1,0 +1,180 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use agent_core::health::HealthArgs;
+use agent_core::logs::LogArgs;
+use agent_core::shutdown::Shutdown;
+use agent_core::{http, logs, metrics, readiness};
+use anyhow::Context;
+use clap::Parser;
+use hw_probe::SysRoot;
+
+use crate::controller::{self, Config};
+use crate::names::Naming;
+use crate::observe::Places;
+use crate::units::{BackendChoice, CcGate, IdScheme, Policy};
+
+/// Offers VFIO-bound NVIDIA GPUs and NVSwitches to the kubelet, with CDI files by which Kata finds them
+#[derive(Debug, Parser)]
+#[command(name = "nvidia-sandbox-device-plugin", version)]
+pub struct Args {
+    /// Resource name of all GPUs, without nvidia.com/; set but empty: one resource a model
+    #[arg(long, env = "P_GPU_ALIAS", value_name = "NAME", default_value = "pgpu", value_parser = naming, hide_env_values = true)]
+    pub gpu_alias: Naming,
+
+    /// Resource name of all NVSwitches, without nvidia.com/; set but empty: one resource a model
+    #[arg(long, env = "NVSWITCH_ALIAS", value_name = "NAME", default_value = "nvswitch", value_parser = naming, hide_env_values = true)]
+    pub nvswitch_alias: Naming,
+
+    /// What a device is called, towards the kubelet and in CDI: its PCI address, or, as the reference does, the number of
+    /// its VFIO node or IOMMU group
+    #[arg(long, env = "DEVICE_ID_SCHEME", value_enum, default_value_t = IdScheme::Pci)]
+    pub device_id_scheme: IdScheme,
+
+    /// VFIO interface by which devices are handed over
+    #[arg(long, env = "VFIO_BACKEND", value_enum, default_value_t = BackendChoice::Auto)]
+    pub vfio_backend: BackendChoice,
+
+    /// Whether a device must be verified by cc-manager before it is healthy; what cc-manager does say counts either way
+    #[arg(long, env = "CC_GATE", value_enum, default_value_t = CcGate::Off)]
+    pub cc_gate: CcGate,
+
+    /// Folder of the CDI files
+    #[arg(long, env = "CDI_DIR", value_name = "DIR", default_value = "/var/run/cdi")]
+    pub cdi_dir: PathBuf,
+
+    /// The kubelet's device plugin folder
+    #[arg(long, env = "KUBELET_PLUGIN_DIR", value_name = "DIR", default_value = "/var/lib/kubelet/device-plugins")]
+    pub kubelet_plugin_dir: PathBuf,
+
+    /// Folder of devices.json, by which cc-manager tells what it verified
+    #[arg(long, env = "CCNODE_STATE_DIR", value_name = "DIR", default_value = agent_core::state::STATE_DIR)]
+    pub state_dir: PathBuf,
+
+    /// Longest time between two looks at the node; the kernel's events shorten it
+    #[arg(long, env = "POLL_INTERVAL", value_name = "TIME", default_value = "5s", value_parser = agent_core::text::duration)]
+    pub poll_interval: Duration,
+
+    /// Read sys, proc and dev below this folder instead of /
+    #[arg(long, env = "CCNODE_ROOT", value_name = "DIR", default_value = "/")]
+    pub root: PathBuf,
+
+    /// Name of this node, for the log
+    #[arg(long, env = "NODE_NAME", value_name = "NAME", default_value = "")]
+    pub node_name: String,
+
+    /// Accepted for the reference's sake, without effect: GPU Feature Discovery would boot a VM on every node to learn
+    /// what sysfs tells
+    #[arg(long, env = "ENABLE_GFD", value_name = "BOOL", default_value = "")]
+    pub enable_gfd: String,
+
+    /// Logs.
+    #[command(flatten)]
+    pub log: LogArgs,
+
+    /// Health endpoint.
+    #[command(flatten)]
+    pub health: HealthArgs,
+}
+
+fn naming(text: &str) -> Result<Naming, String> {
+    text.parse().map_err(|error: crate::names::NameError| error.to_string())
+}
+
+/// Go's notion of a true flag, which is what the reference reads `ENABLE_GFD` by.
+fn is_true(text: &str) -> bool {
+    matches!(text, "1" | "t" | "T" | "TRUE" | "true" | "True")
+}
+
+impl Args {
+    /// Runs the agent until SIGTERM or SIGINT.
+    pub async fn run(self) -> anyhow::Result<()> {
+        let Self {
+            gpu_alias,
+            nvswitch_alias,
+            device_id_scheme,
+            vfio_backend,
+            cc_gate,
+            cdi_dir,
+            kubelet_plugin_dir,
+            state_dir,
+            poll_interval,
+            root,
+            node_name,
+            enable_gfd,
+            log,
+            health,
+        } = self;
+        logs::init(&log)?;
+        let shutdown = Shutdown::on_signals().context("Signals cannot be handled")?;
+        let readiness = readiness::Registry::default();
+        if let Some(addr) = health.addr()? {
+            let server = http::bind(addr, readiness.clone(), metrics::Metrics::new()).await?;
+            tokio::spawn(server.serve(shutdown.clone()));
+        }
+        tracing::info!(
+            event = "started", version = env!("CARGO_PKG_VERSION"), node = node_name, gpus = ?gpu_alias,
+            nvswitches = ?nvswitch_alias, ids = ?device_id_scheme, backend = ?vfio_backend, cc_gate = ?cc_gate,
+            cdi_dir = %cdi_dir.display(), kubelet_plugin_dir = %kubelet_plugin_dir.display(), "Device plugin started"
+        );
+        if is_true(&enable_gfd) {
+            tracing::warn!(
+                "ENABLE_GFD is set and has no effect: this agent starts no GPU Feature Discovery pod, which would boot a \
+                 virtual machine and hold a GPU to learn what the node's PCI bus tells anyway"
+            );
+        }
+        let config = Config {
+            places: Places { root: SysRoot::at(root), state_dir },
+            policy: Policy {
+                gpu: gpu_alias,
+                nvswitch: nvswitch_alias,
+                scheme: device_id_scheme,
+                backend: vfio_backend,
+                gate: cc_gate,
+            },
+            cdi_dir,
+            plugin_dir: kubelet_plugin_dir,
+            poll: poll_interval,
+        };
+        controller::run(config, shutdown, readiness).await?;
+        tracing::info!(event = "stopped", "Device plugin ended");
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Args, clap::Error> {
+        Args::try_parse_from([&["plugin"], args].concat())
+    }
+
+    #[test]
+    fn every_flag_has_an_environment_variable() {
+        Args::command().debug_assert();
+        for arg in Args::command().get_arguments().filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version")) {
+            assert!(arg.get_env().is_some(), "{}", arg.get_id());
+        }
+    }
+
+    #[test]
+    fn aliases_are_checked_and_empty_is_a_value() {
+        let args = parse(&[]).unwrap();
+        assert_eq!(args.gpu_alias, "pgpu".parse().unwrap());
+        assert_eq!(args.nvswitch_alias, "nvswitch".parse().unwrap());
+        assert_eq!(parse(&["--gpu-alias", ""]).unwrap().gpu_alias, Naming::PerModel);
+        let error = parse(&["--gpu-alias", "nvidia.com/pgpu"]).unwrap_err().to_string();
+        assert!(error.contains("--gpu-alias") && error.contains("has a dot"), "{error}");
+    }
+
+    #[test]
+    fn gfd_is_read_as_go_reads_it() {
+        assert!(is_true("1") && is_true("True") && is_true("t"));
+        assert!(!is_true("") && !is_true("yes") && !is_true("0"));
+    }
+}

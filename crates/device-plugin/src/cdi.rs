@@ -1,0 +1,319 @@
+//! CDI files: what Kata resolves `<resource>=<id>` with (operator-contract sections 7.7 and 10).
+//!
+//! The file name, the version and the shape are the reference's to the letter, because two files that define one device
+//! break every Kata GPU pod on the node: ours must overwrite the reference's, and the reference's ours.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use agent_core::hostfile::{HostDir, HostFileError};
+use agent_core::text::chain;
+
+use crate::names::{ResourceName, VENDOR};
+use crate::units::Unit;
+
+/// Newest version that the CDI library of Kata's Go runtime knows is 0.6.0; oldest that lets a device name begin with a
+/// digit is this.
+const VERSION: &str = "0.5.0";
+
+/// Mode of a file, as the reference leaves it.
+const MODE: u32 = 0o600;
+
+/// Longest file that is read to see whether it has changed or is ours, in bytes.
+const LONGEST: u64 = 1 << 20;
+
+/// The text of the file for one resource; none when no unit has a node.
+pub fn render(resource: &ResourceName, units: &[Unit]) -> Option<String> {
+    let mut listed: Vec<&Unit> =
+        units.iter().filter(|unit| !unit.nodes.is_empty() && is_device_name(&unit.id)).collect();
+    listed.sort_by(|a, b| a.order().cmp(&b.order()));
+    if listed.is_empty() {
+        return None;
+    }
+    let mut text = format!("---\ncdiVersion: {VERSION}\nkind: {resource}\ndevices:\n");
+    for unit in listed {
+        // Always quoted: YAML 1.1 reads digits with colons as a number of base 60, and bare digits as a number.
+        let _ = write!(text, "    - name: \"{}\"\n      containerEdits:\n        deviceNodes:\n", unit.id);
+        for node in &unit.nodes {
+            let _ = writeln!(text, "            - path: {node}");
+        }
+    }
+    Some(text)
+}
+
+/// CDI's rule for device names: letters, digits, `_`, `-`, `.` and `:`, a letter or digit at both ends.
+fn is_device_name(text: &str) -> bool {
+    let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    ends(text.chars().next())
+        && ends(text.chars().next_back())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':'))
+}
+
+/// Name of the file for one resource.
+fn file_name(resource: &ResourceName) -> String {
+    format!("{VENDOR}-{}.yaml", resource.class())
+}
+
+/// What a call of [`CdiFolder::sync`] did.
+#[derive(Debug, Default)]
+pub struct Synced {
+    /// Resources whose file was written, with its path.
+    pub written: Vec<(ResourceName, PathBuf)>,
+    /// Files that were removed.
+    pub removed: Vec<PathBuf>,
+    /// Resources whose file is not what it should be, and why.
+    pub failed: BTreeMap<ResourceName, String>,
+}
+
+/// The folder that CDI libraries read.
+#[derive(Clone, Debug)]
+pub struct CdiFolder(PathBuf);
+
+impl CdiFolder {
+    /// A folder that need not exist yet.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Makes the folder hold exactly `files` of ours: writes what differs, removes what is stale, leaves what is
+    /// foreign. An error on one file does not keep the others from being written.
+    pub fn sync(&self, files: &BTreeMap<ResourceName, String>) -> Synced {
+        let mut synced = Synced::default();
+        // With nothing to write, nothing is made either; but an old file may have to go.
+        let opened = if files.is_empty() { HostDir::open_existing(&self.0) } else { HostDir::open(&self.0).map(Some) };
+        let folder = match opened {
+            Ok(Some(folder)) => folder,
+            Ok(None) => return synced,
+            Err(error) => {
+                synced.failed = files.keys().map(|resource| (resource.clone(), chain(&error))).collect();
+                return synced;
+            }
+        };
+        for (resource, text) in files {
+            let name = file_name(resource);
+            // A file that cannot be read or that others may write is not the one that we left.
+            if folder.read(&name, LONGEST).is_ok_and(|found| found.as_deref() == Some(text.as_bytes())) {
+                continue;
+            }
+            match folder.write_atomic(&name, text.as_bytes(), MODE) {
+                Ok(()) => synced.written.push((resource.clone(), folder.path().join(name))),
+                Err(error) => {
+                    synced.failed.insert(resource.clone(), chain(&error));
+                }
+            }
+        }
+        for name in stale(&folder, files) {
+            match folder.remove(&name) {
+                Ok(true) => synced.removed.push(folder.path().join(name)),
+                Ok(false) => {}
+                Err(error) => tracing::warn!(error = chain(&error), "A stale CDI file cannot be removed"),
+            }
+        }
+        synced
+    }
+}
+
+/// Names of files that are ours and not among `files`, and of temporary files that a killed process left.
+fn stale(folder: &HostDir, files: &BTreeMap<ResourceName, String>) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(folder.path()) else { return Vec::new() };
+    let ours = |name: &String| {
+        if let Some((class, rest)) = name.strip_prefix('.').and_then(class_and_rest) {
+            return class.parse::<ResourceName>().is_ok() && rest.split('.').next_back() == Some("tmp");
+        }
+        let Some((class, rest)) = class_and_rest(name) else { return false };
+        let Ok(resource) = class.parse::<ResourceName>() else { return false };
+        rest.is_empty() && !files.contains_key(&resource) && holds_ours(folder, name, &resource).unwrap_or(false)
+    };
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).filter(ours).collect();
+    names.sort();
+    names
+}
+
+/// `nvidia.com-pgpu.yaml.rest` as `pgpu` and `.rest`.
+fn class_and_rest(name: &str) -> Option<(&str, &str)> {
+    name.strip_prefix(VENDOR)?.strip_prefix('-')?.split_once(".yaml")
+}
+
+fn holds_ours(folder: &HostDir, name: &str, resource: &ResourceName) -> Result<bool, HostFileError> {
+    let bytes = folder.read(name, LONGEST)?.unwrap_or_default();
+    Ok(std::str::from_utf8(&bytes).is_ok_and(|text| is_ours(resource, text)))
+}
+
+/// Whether a file is one that this program or the reference wrote: the shape of [`render`], line by line, with nothing
+/// in it but VFIO nodes. Everything else under a similar name (a container toolkit's, an administrator's) is foreign.
+fn is_ours(resource: &ResourceName, text: &str) -> bool {
+    let Some(body) = text.strip_prefix(&format!("---\ncdiVersion: {VERSION}\nkind: {resource}\ndevices:\n")) else {
+        return false;
+    };
+    !body.is_empty()
+        && body.lines().all(|line| {
+            let line = line.trim_start();
+            matches!(line, "containerEdits:" | "deviceNodes:")
+                || line.strip_prefix("- name: ").is_some_and(|name| is_device_name(name.trim_matches('"')))
+                || line.strip_prefix("- path: ").is_some_and(|path| path.starts_with("/dev/vfio/"))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use super::*;
+    use crate::units::Backend;
+
+    fn unit(id: &str, nodes: &[&str]) -> Unit {
+        Unit {
+            id: id.into(),
+            resource: "pgpu".parse().unwrap(),
+            bdf: "0000:41:00.0".parse().unwrap(),
+            ids: (0x10de, 0x2330),
+            functions: Vec::new(),
+            backend: Backend::Iommufd,
+            nodes: nodes.iter().map(ToString::to_string).collect(),
+            numa: BTreeSet::new(),
+            fault: None,
+        }
+    }
+
+    fn pgpu() -> ResourceName {
+        "pgpu".parse().unwrap()
+    }
+
+    fn files(texts: &[(&str, &str)]) -> BTreeMap<ResourceName, String> {
+        texts.iter().map(|(name, text)| (name.parse().unwrap(), (*text).to_owned())).collect()
+    }
+
+    #[test]
+    fn the_text_is_the_contracts() {
+        let units = [
+            unit("10", &["/dev/vfio/devices/vfio10"]),
+            unit("9", &["/dev/vfio/vfio", "/dev/vfio/9"]),
+            unit("0000:41:00.0", &["/dev/vfio/devices/vfio1", "/dev/vfio/devices/vfio2"]),
+            unit("7", &[]),
+        ];
+        let golden = "\
+---
+cdiVersion: 0.5.0
+kind: nvidia.com/pgpu
+devices:
+    - name: \"9\"
+      containerEdits:
+        deviceNodes:
+            - path: /dev/vfio/vfio
+            - path: /dev/vfio/9
+    - name: \"10\"
+      containerEdits:
+        deviceNodes:
+            - path: /dev/vfio/devices/vfio10
+    - name: \"0000:41:00.0\"
+      containerEdits:
+        deviceNodes:
+            - path: /dev/vfio/devices/vfio1
+            - path: /dev/vfio/devices/vfio2
+";
+        assert_eq!(render(&pgpu(), &units).as_deref(), Some(golden));
+        assert!(is_ours(&pgpu(), golden));
+        assert_eq!(render(&pgpu(), &[unit("7", &[])]), None, "a device without edits would make the file invalid");
+    }
+
+    #[test]
+    fn device_names_obey_cdi() {
+        for good in ["0", "17", "0000:41:00.0", "a-b_c"] {
+            assert!(is_device_name(good), "{good}");
+        }
+        for bad in ["", ":1", "1.", "a b", "a\"b", "a\nb", "é"] {
+            assert!(!is_device_name(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_written_whole_private_and_only_on_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let cdi = CdiFolder::new(folder.path().join("run/cdi"));
+        let path = folder.path().join("run/cdi/nvidia.com-pgpu.yaml");
+        let text = render(&pgpu(), &[unit("1", &["/dev/vfio/devices/vfio1"])]).unwrap();
+        let wanted = files(&[("pgpu", &text)]);
+
+        assert_eq!(cdi.sync(&wanted).written, [(pgpu(), path.clone())]);
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((meta.mode() & 0o777, std::fs::read_to_string(&path).unwrap()), (0o600, text.clone()));
+
+        assert!(cdi.sync(&wanted).written.is_empty());
+        assert_eq!(std::fs::metadata(&path).unwrap().ino(), meta.ino(), "nothing changed, nothing written");
+
+        std::fs::write(&path, "---\nbroken by someone").unwrap();
+        std::fs::write(folder.path().join("run/cdi/.nvidia.com-pgpu.yaml.7.0.0.tmp"), "left by a killed process")
+            .unwrap();
+        assert_eq!(cdi.sync(&wanted).written.len(), 1);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        let names: Vec<_> =
+            std::fs::read_dir(folder.path().join("run/cdi")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["nvidia.com-pgpu.yaml"], "no temporary file stays");
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_file_is_replaced_and_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let victim = folder.path().join("victim");
+        std::fs::write(&victim, "keep").unwrap();
+        let cdi = CdiFolder::new(folder.path().join("cdi"));
+        std::fs::create_dir(folder.path().join("cdi")).unwrap();
+        std::os::unix::fs::symlink(&victim, folder.path().join("cdi/nvidia.com-pgpu.yaml")).unwrap();
+        assert!(cdi.sync(&files(&[("pgpu", "text")])).failed.is_empty());
+        assert_eq!(std::fs::read_to_string(victim).unwrap(), "keep");
+        assert!(std::fs::symlink_metadata(folder.path().join("cdi/nvidia.com-pgpu.yaml")).unwrap().is_file());
+    }
+
+    #[test]
+    fn stale_files_of_ours_go_and_foreign_ones_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let ours = |class: &str| {
+            let name: ResourceName = class.parse().unwrap();
+            render(&name, &[unit("1", &["/dev/vfio/1"])]).unwrap()
+        };
+        let put = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        put("nvidia.com-old.yaml", &ours("old"));
+        put("nvidia.com-other.yaml", &ours("kind-of-another-name"));
+        put(
+            "nvidia.com-gpu.yaml",
+            "---\ncdiVersion: 0.5.0\nkind: nvidia.com/gpu\ndevices:\n    - name: \"0\"\n      containerEdits:\n        deviceNodes:\n            - path: /dev/nvidia0\n",
+        );
+        put("nvidia.com-hooks.yaml", &(ours("hooks") + "        hooks:\n"));
+        put("nvidia.yaml", &ours("pgpu"));
+        put("vendor.com-x.json", "{}");
+        let synced = CdiFolder::new(folder.path()).sync(&files(&[("pgpu", &ours("pgpu"))]));
+        assert_eq!(synced.removed, [folder.path().join("nvidia.com-old.yaml")]);
+        let mut left: Vec<_> =
+            std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        assert_eq!(
+            left,
+            [
+                "nvidia.com-gpu.yaml",
+                "nvidia.com-hooks.yaml",
+                "nvidia.com-other.yaml",
+                "nvidia.com-pgpu.yaml",
+                "nvidia.yaml",
+                "vendor.com-x.json"
+            ]
+        );
+    }
+
+    #[test]
+    fn one_file_that_cannot_be_written_fails_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(folder.path().join("nvidia.com-pgpu.yaml/in-the-way")).unwrap();
+        let synced = CdiFolder::new(folder.path()).sync(&files(&[("nvswitch", "b"), ("pgpu", "a")]));
+        assert_eq!(synced.written.len(), 1);
+        assert_eq!(synced.failed.keys().map(ToString::to_string).collect::<Vec<_>>(), ["nvidia.com/pgpu"]);
+
+        let open_to_all = folder.path().join("open");
+        std::fs::create_dir(&open_to_all).unwrap();
+        std::fs::set_permissions(&open_to_all, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let failed = CdiFolder::new(open_to_all).sync(&files(&[("pgpu", "a")])).failed;
+        assert!(failed[&pgpu()].contains("is not trusted"), "{failed:?}");
+    }
+}

@@ -1,0 +1,271 @@
+//! The loop: look at the node, derive the units, write the CDI files, tell the kubelet. On every event, and on a poll.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_core::readiness::{Guard, Registry};
+use agent_core::shutdown::Shutdown;
+use agent_core::text::chain;
+use tokio::sync::watch;
+use tokio::task::{JoinError, JoinHandle, JoinSet, spawn_blocking};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+
+use crate::cdi::{CdiFolder, render};
+use crate::names::ResourceName;
+use crate::observe::{ObserveError, Places, observe};
+use crate::plugin::Plugin;
+use crate::server::Snapshot;
+use crate::units::{Fault, Observation, Policy, Unit, units};
+use crate::watch::{DeviceEvents, FolderWatch};
+
+/// How long one look at the node may take before its units are withdrawn.
+const LOOK: Duration = Duration::from_secs(30);
+/// Events come in bursts (a rebind is four): one look for all of them.
+const SETTLE: Duration = Duration::from_millis(50);
+/// How long the plugins may take to end.
+const END: Duration = Duration::from_secs(5);
+
+/// What the agent runs with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the node is looked at.
+    pub places: Places,
+    /// What is wanted.
+    pub policy: Policy,
+    /// Folder of the CDI files.
+    pub cdi_dir: PathBuf,
+    /// The kubelet's device plugin folder.
+    pub plugin_dir: PathBuf,
+    /// Longest time between two looks at the node.
+    pub poll: Duration,
+}
+
+/// Why the agent ended without being asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum ControllerError {
+    /// A part of it failed: there is nothing left that would be worth keeping alive.
+    #[error("The task that serves a resource failed")]
+    Task(#[from] JoinError),
+    /// The same, without a reason.
+    #[error("The task that serves a resource ended by itself")]
+    Ended,
+}
+
+/// Runs until the shutdown.
+pub async fn run(config: Config, shutdown: Shutdown, readiness: Registry) -> Result<(), ControllerError> {
+    let mut controller = Controller {
+        scanned: readiness.register("scan"),
+        cdi: CdiFolder::new(&config.cdi_dir),
+        config,
+        shutdown,
+        readiness,
+        units: Vec::new(),
+        resources: BTreeMap::new(),
+        tasks: JoinSet::new(),
+        pending: None,
+        trouble: None,
+    };
+    let ended = controller.work().await;
+    controller.shutdown.trigger();
+    let Controller { mut tasks, resources, .. } = controller;
+    drop(resources);
+    let deadline = Instant::now() + END;
+    while let Ok(Some(_)) = timeout_at(deadline, tasks.join_next()).await {}
+    ended
+}
+
+type Look = JoinHandle<Result<Observation, ObserveError>>;
+
+struct Controller {
+    config: Config,
+    cdi: CdiFolder,
+    shutdown: Shutdown,
+    readiness: Registry,
+    scanned: Guard,
+    /// What the kubelet was told last.
+    units: Vec<Unit>,
+    resources: BTreeMap<ResourceName, watch::Sender<Snapshot>>,
+    tasks: JoinSet<()>,
+    /// A look that has not come back: no second thread is sent after it.
+    pending: Option<Look>,
+    /// What was logged last as being in the way.
+    trouble: Option<String>,
+}
+
+impl Controller {
+    async fn work(&mut self) -> Result<(), ControllerError> {
+        let mut state = FolderWatch::new(&self.config.places.state_dir);
+        let mut devices: Pin<Box<dyn Future<Output = DeviceEvents> + Send>> = Box::pin(next(DeviceEvents::subscribe()));
+        loop {
+            let began = Instant::now();
+            state.arm();
+            let shutdown = self.shutdown.clone();
+            let looked = tokio::select! {
+                looked = self.look() => looked,
+                () = shutdown.wait() => return Ok(()),
+            };
+            self.apply(looked);
+            tokio::select! {
+                () = self.shutdown.wait() => return Ok(()),
+                ended = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    if self.shutdown.is_requested() {
+                        return Ok(());
+                    }
+                    return match ended {
+                        Some(Err(error)) => Err(error.into()),
+                        _ => Err(ControllerError::Ended),
+                    };
+                }
+                () = state.changed() => sleep(SETTLE).await,
+                events = &mut devices => {
+                    devices = Box::pin(next(events));
+                    sleep(SETTLE).await;
+                }
+                () = sleep_until(began + self.config.poll) => {}
+            }
+        }
+    }
+
+    /// One look at the node, on a thread of its own.
+    async fn look(&mut self) -> Result<Observation, String> {
+        let places = self.config.places.clone();
+        let look = self.pending.get_or_insert_with(|| spawn_blocking(move || observe(&places)));
+        let result = timeout_at(Instant::now() + LOOK, &mut *look).await;
+        match result {
+            Err(_) => Err(format!("Reading sysfs has not come back within {LOOK:?}")),
+            Ok(done) => {
+                self.pending = None;
+                match done {
+                    Ok(Ok(observation)) => Ok(observation),
+                    Ok(Err(error)) => Err(chain(&error)),
+                    Err(error) => Err(chain(&error)),
+                }
+            }
+        }
+    }
+
+    /// From what was seen to what Kata finds and the kubelet hears, in this order: what is advertised can be resolved.
+    fn apply(&mut self, looked: Result<Observation, String>) {
+        let mut now = match looked {
+            Ok(seen) => {
+                self.say(None);
+                self.scanned.ready();
+                units(&self.config.policy, &seen, &self.units)
+            }
+            Err(why) => {
+                self.say(Some(why.clone()));
+                let blind = |unit: &Unit| Unit { fault: Some(Fault::Unobserved(why.clone())), ..unit.clone() };
+                self.units.iter().map(blind).collect()
+            }
+        };
+        self.write_cdi(&mut now);
+        for unit in &now {
+            let before = self.units.iter().find(|before| before.id == unit.id && before.bdf == unit.bdf);
+            if before.is_none_or(|before| before.fault != unit.fault) {
+                tell(unit);
+            }
+        }
+        for gone in self.units.iter().filter(|before| !now.iter().any(|unit| unit.id == before.id)) {
+            tracing::info!(
+                event = "unit_gone", unit = gone.id, bdf = %gone.bdf, resource = %gone.resource,
+                "The unit is no longer on this node under this ID"
+            );
+        }
+        self.units = now;
+        self.publish();
+    }
+
+    fn write_cdi(&mut self, now: &mut [Unit]) {
+        let mut by_resource: BTreeMap<ResourceName, Vec<Unit>> = BTreeMap::new();
+        for unit in &*now {
+            by_resource.entry(unit.resource.clone()).or_default().push(unit.clone());
+        }
+        let files: BTreeMap<ResourceName, String> =
+            by_resource.iter().filter_map(|(name, units)| Some((name.clone(), render(name, units)?))).collect();
+        let synced = self.cdi.sync(&files);
+        for (resource, path) in &synced.written {
+            let listed = by_resource.get(resource).into_iter().flatten().filter(|unit| !unit.nodes.is_empty());
+            let devices: Vec<&str> = listed.map(|unit| unit.id.as_str()).collect();
+            let devices = devices.join(",");
+            tracing::info!(event = "cdi_written", path = %path.display(), devices, %resource, "CDI file written");
+        }
+        for path in &synced.removed {
+            tracing::info!(event = "cdi_removed", path = %path.display(), "Stale CDI file removed");
+        }
+        for unit in now {
+            if unit.fault.is_none()
+                && let Some(error) = synced.failed.get(&unit.resource)
+            {
+                unit.fault = Some(Fault::NoCdi(error.clone()));
+            }
+        }
+    }
+
+    /// Hands each resource its units, and brings a resource to life that has none yet.
+    fn publish(&mut self) {
+        let mut lists: BTreeMap<ResourceName, Vec<Unit>> =
+            self.resources.keys().map(|name| (name.clone(), Vec::new())).collect();
+        for unit in &self.units {
+            lists.entry(unit.resource.clone()).or_default().push(unit.clone());
+        }
+        for (resource, list) in lists {
+            if let Some(sender) = self.resources.get(&resource) {
+                sender.send_if_modified(|told| {
+                    let news = **told != list;
+                    if news {
+                        *told = Arc::new(list);
+                    }
+                    news
+                });
+            } else {
+                let (sender, units) = watch::channel(Arc::new(list));
+                let plugin = Plugin {
+                    resource: resource.clone(),
+                    units,
+                    folder: self.config.plugin_dir.clone(),
+                    shutdown: self.shutdown.clone(),
+                    ready: self.readiness.register(resource.to_string()),
+                };
+                self.tasks.spawn(plugin.run());
+                self.resources.insert(resource, sender);
+            }
+        }
+    }
+
+    /// Logs what is in the way once, and once that it is not any more.
+    fn say(&mut self, trouble: Option<String>) {
+        if self.trouble == trouble {
+            return;
+        }
+        if let Some(reason) = &trouble {
+            tracing::error!(reason, "The node cannot be observed; its units are withdrawn");
+        } else {
+            tracing::info!("The node can be observed again");
+        }
+        self.trouble = trouble;
+    }
+}
+
+/// The next device event, with the source of the one after it.
+async fn next(mut events: DeviceEvents) -> DeviceEvents {
+    events.changed().await;
+    events
+}
+
+fn tell(unit: &Unit) {
+    let (unit_id, bdf, resource) = (&unit.id, unit.bdf, &unit.resource);
+    match &unit.fault {
+        None => tracing::info!(
+            event = "unit_health", unit = unit_id, %bdf, %resource, healthy = true, reason = "",
+            numa = ?unit.numa, nodes = unit.nodes.join(","), "The unit can be allocated"
+        ),
+        Some(fault) => tracing::warn!(
+            event = "unit_health", unit = unit_id, %bdf, %resource, healthy = false, reason = %fault, code = fault.code(),
+            "The unit cannot be allocated"
+        ),
+    }
+}

@@ -1,0 +1,350 @@
+//! One resource's life with the kubelet: its socket, its registration, and both again whenever they are lost.
+
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use agent_core::readiness::Guard;
+use agent_core::shutdown::Shutdown;
+use agent_core::text::chain;
+use kubelet_api::device_plugin::{
+    RegisterRequest, device_plugin_server::DevicePluginServer, registration_client::RegistrationClient,
+};
+use kubelet_api::{KUBELET_SOCKET, VERSION, socket};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use crate::backoff::Backoff;
+use crate::names::ResourceName;
+use crate::server::{Service, Snapshot, options};
+use crate::watch::FolderWatch;
+
+/// Longest path that fits into a Unix socket address, with its final zero byte.
+const SOCKET_PATH: usize = 107;
+/// How long connecting to the kubelet may take.
+const CONNECT: Duration = Duration::from_secs(5);
+/// How long a registration may take: the kubelet dials back first, and gives that about 10 s.
+const REGISTER: Duration = Duration::from_secs(15);
+/// How long open calls may take to end when the server stops.
+const DRAIN: Duration = Duration::from_secs(2);
+/// How long the kubelet may go without a ListAndWatch stream before it is told of us again.
+const UNHEARD: Duration = Duration::from_secs(5);
+/// How often the sockets are looked at when the folder can be watched, and when it cannot.
+const LOOK: [Duration; 2] = [Duration::from_secs(15), Duration::from_secs(1)];
+
+/// What one resource needs to live.
+#[derive(Debug)]
+pub struct Plugin {
+    /// Its name.
+    pub resource: ResourceName,
+    /// Its units.
+    pub units: watch::Receiver<Snapshot>,
+    /// The kubelet's device plugin folder.
+    pub folder: PathBuf,
+    /// The end.
+    pub shutdown: Shutdown,
+    /// Says whether the kubelet listens to us.
+    pub ready: Guard,
+}
+
+/// Why the kubelet does not know of us.
+#[derive(Debug, thiserror::Error)]
+enum RegisterError {
+    #[error(transparent)]
+    Connect(#[from] socket::Error),
+    #[error("The kubelet refused the registration: {} ({:?})", .0.message(), .0.code())]
+    Refused(tonic::Status),
+    #[error("The kubelet did not answer the registration within {REGISTER:?}")]
+    Silent,
+}
+
+/// Why our socket is not served.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error(transparent)]
+    Listen(#[from] socket::Error),
+    #[error("Cannot prepare {}", path.display())]
+    Prepare { path: PathBuf, source: io::Error },
+}
+
+/// Which socket a path led to. Inode numbers are used again, so that the time of making belongs to it; a socket's
+/// modification time is that, and neither use nor a change of mode moves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SocketId(u64, u64, i64, i64);
+
+fn socket_id(path: &Path) -> Option<SocketId> {
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    Some(SocketId(meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec()))
+}
+
+/// What is logged once for as long as it lasts.
+#[derive(Debug, Default)]
+struct Said(Option<String>);
+
+impl Said {
+    fn warn(&mut self, resource: &ResourceName, text: String) {
+        if self.0.as_deref() != Some(&text) {
+            tracing::warn!(%resource, reason = text, "The kubelet does not know of this resource yet; trying again");
+            self.0 = Some(text);
+        }
+    }
+
+    fn absent(&mut self, resource: &ResourceName, path: &Path) {
+        if self.0.as_deref() != Some("") {
+            tracing::info!(%resource, path = %path.display(), "The kubelet's socket is not there; waiting for it");
+            self.0 = Some(String::new());
+        }
+    }
+}
+
+/// Why serving ended.
+enum End {
+    Shutdown,
+    /// The socket is gone, or another process serves the path, or the server stopped.
+    Lost(&'static str),
+    /// The sender of the units is gone: the agent ends.
+    Over,
+}
+
+/// Base name of the socket in the kubelet's folder.
+fn endpoint(resource: &ResourceName, folder: &Path) -> String {
+    let name = format!("sandbox-{}.sock", resource.class());
+    if folder.as_os_str().len() + 1 + name.len() <= SOCKET_PATH {
+        return name;
+    }
+    // Too long for a socket address: the end of the name says least, a hash of all of it keeps two names apart.
+    let hash = resource
+        .class()
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+    format!("sandbox-{hash:016x}.sock")
+}
+
+impl Plugin {
+    /// Serves and registers until the shutdown, whatever the kubelet does meanwhile.
+    pub async fn run(mut self) {
+        let endpoint = endpoint(&self.resource, &self.folder);
+        let mut backoff = Backoff::default();
+        let mut said = Said::default();
+        while !self.shutdown.is_requested() {
+            // Nothing is served before there is something to serve.
+            tokio::select! {
+                () = self.shutdown.wait() => return,
+                some = self.units.wait_for(|units| !units.is_empty()) => if some.is_err() { return },
+            }
+            let path = self.folder.join(&endpoint);
+            match self.serve(&path, &endpoint, &mut backoff, &mut said).await {
+                Ok(End::Shutdown | End::Over) => return,
+                Ok(End::Lost(why)) => tracing::info!(resource = %self.resource, why, "Serving again"),
+                Err(error) => {
+                    said.warn(&self.resource, chain(&error));
+                    let delay = backoff.next();
+                    tokio::select! {
+                        () = sleep(delay) => {}
+                        () = self.shutdown.wait() => return,
+                    }
+                }
+            }
+            self.ready.not_ready();
+        }
+    }
+
+    /// Opens the socket, serves it and keeps it registered until it is lost.
+    async fn serve(
+        &mut self,
+        path: &Path,
+        endpoint: &str,
+        backoff: &mut Backoff,
+        said: &mut Said,
+    ) -> Result<End, ServeError> {
+        // Watched before anything is made, so that no change falls between looking and watching.
+        let mut changes = FolderWatch::new(&self.folder);
+        let listener = socket::listen(path)?;
+        // The kubelet is root; nobody else has business here.
+        std::fs::set_permissions(path, Permissions::from_mode(0o600))
+            .map_err(|source| ServeError::Prepare { path: path.to_owned(), source })?;
+        let own = socket_id(path);
+
+        let (streams, listening) = watch::channel(0);
+        let (stop, stopped) = watch::channel(false);
+        let service = Service::new(self.resource.clone(), self.units.clone(), streams, stopped.clone());
+        let router = tonic::transport::Server::builder().add_service(DevicePluginServer::new(service));
+        let mut stopped = stopped;
+        let mut server = tokio::spawn(socket::serve(router, listener, async move {
+            let _ = stopped.wait_for(|stop| *stop).await;
+        }));
+
+        let end = tokio::select! {
+            end = self.stay_registered(path, own, endpoint, &mut changes, listening, backoff, said) => end,
+            result = &mut server => {
+                match result {
+                    Ok(Err(error)) => tracing::warn!(resource = %self.resource, error = chain(&error), "The server ended"),
+                    Err(error) => tracing::error!(resource = %self.resource, %error, "The server failed"),
+                    Ok(Ok(())) => {}
+                }
+                End::Lost("the server ended")
+            }
+        };
+        stop.send_replace(true);
+        if !server.is_finished() && timeout(DRAIN, &mut server).await.is_err() {
+            server.abort();
+        }
+        // Another's socket at the same path is not ours to remove.
+        if own.is_some() && socket_id(path) == own {
+            let _ = std::fs::remove_file(path);
+        }
+        Ok(end)
+    }
+
+    /// Registers, and again whenever the kubelet is another or has stopped to listen.
+    #[allow(clippy::too_many_arguments, reason = "the state of one life of the socket, used here alone")]
+    async fn stay_registered(
+        &mut self,
+        path: &Path,
+        own: Option<SocketId>,
+        endpoint: &str,
+        changes: &mut FolderWatch,
+        mut listening: watch::Receiver<usize>,
+        backoff: &mut Backoff,
+        said: &mut Said,
+    ) -> End {
+        let kubelet = self.folder.join(KUBELET_SOCKET);
+        // The kubelet that knows of us.
+        let mut known: Option<SocketId> = None;
+        // The kubelet that did not take us, and when to try it again.
+        let mut refused: Option<(SocketId, Instant)> = None;
+        // Since when nobody listens.
+        let mut unheard: Option<Instant> = None;
+        let mut was_listening = false;
+        loop {
+            if self.shutdown.is_requested() {
+                return End::Shutdown;
+            }
+            let armed = changes.arm();
+            if let Some(end) = self.lost(path, own).await {
+                return end;
+            }
+            let now = Instant::now();
+            let present = socket_id(&kubelet);
+            let heard = *listening.borrow_and_update() > 0;
+            if heard && known.is_some() {
+                // Only a kubelet that listens ends the waiting: one that takes the registration and hangs up does not.
+                backoff.reset();
+                unheard = None;
+                self.ready.ready();
+            } else if known.is_some() {
+                if was_listening {
+                    tracing::info!(resource = %self.resource, "The kubelet has stopped to listen");
+                }
+                self.ready.not_ready();
+                unheard = unheard.or(Some(now));
+            }
+            was_listening = heard;
+            if known.is_some() && (present != known || unheard.is_some_and(|since| now >= since + UNHEARD)) {
+                if present == known
+                    && let Some(kubelet) = known
+                {
+                    // It has us registered and does not listen: not a reason to knock without pause.
+                    refused = Some((kubelet, now + backoff.next()));
+                }
+                known = None;
+                unheard = None;
+            }
+            match present {
+                None => {
+                    refused = None;
+                    said.absent(&self.resource, &kubelet);
+                }
+                // A resource without units is not worth a place in the node's capacity.
+                Some(_) if self.units.borrow_and_update().is_empty() => {}
+                Some(id) if known.is_none() && refused.is_none_or(|(whom, until)| whom != id || now >= until) => {
+                    match self.register(&kubelet, endpoint).await {
+                        Ok(()) => {
+                            known = Some(id);
+                            refused = None;
+                            unheard = Some(Instant::now());
+                            said.0 = None;
+                            let units = self.units.borrow().len();
+                            tracing::info!(
+                                event = "registered", resource = %self.resource, units, endpoint,
+                                "The kubelet knows of this resource"
+                            );
+                        }
+                        Err(error) => {
+                            said.warn(&self.resource, chain(&error));
+                            refused = Some((id, Instant::now() + backoff.next()));
+                        }
+                    }
+                    // Much may have happened during the call: look again before waiting.
+                    continue;
+                }
+                Some(_) => {}
+            }
+            let look = now + LOOK[usize::from(!armed)];
+            let deadlines = [Some(look), refused.map(|(_, until)| until), unheard.map(|since| since + UNHEARD)];
+            let next = deadlines.into_iter().flatten().min().unwrap_or(look);
+            tokio::select! {
+                () = self.shutdown.wait() => return End::Shutdown,
+                () = changes.changed() => {}
+                heard = listening.changed() => if heard.is_err() { return End::Over },
+                told = self.units.changed() => if told.is_err() { return End::Over },
+                () = sleep_until(next) => {}
+            }
+        }
+    }
+
+    /// Whether our socket is still ours.
+    async fn lost(&self, path: &Path, own: Option<SocketId>) -> Option<End> {
+        match socket_id(path) {
+            Some(found) if Some(found) == own => None,
+            None => Some(End::Lost("the socket was removed")),
+            // Two plugins that take the socket from each other would never end: the newcomer keeps it while it lives.
+            Some(_) => {
+                tracing::warn!(
+                    resource = %self.resource, path = %path.display(),
+                    "Another process has taken over the socket of this resource; standing back while it serves"
+                );
+                while let Ok(Ok(_)) = timeout(CONNECT, tokio::net::UnixStream::connect(path)).await {
+                    tokio::select! {
+                        () = self.shutdown.wait() => return Some(End::Shutdown),
+                        () = sleep(LOOK[0]) => {}
+                    }
+                }
+                Some(End::Lost("the other process is gone"))
+            }
+        }
+    }
+
+    async fn register(&self, kubelet: &Path, endpoint: &str) -> Result<(), RegisterError> {
+        let channel = socket::connect(kubelet, CONNECT).await?;
+        let request = RegisterRequest {
+            version: VERSION.to_owned(),
+            endpoint: endpoint.to_owned(),
+            resource_name: self.resource.to_string(),
+            options: Some(options()),
+        };
+        match timeout(REGISTER, RegistrationClient::new(channel).register(request)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(RegisterError::Refused(status)),
+            Err(_) => Err(RegisterError::Silent),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_too_long_for_a_socket_is_shortened_and_stays_its_own() {
+        let folder = Path::new("/var/lib/kubelet/device-plugins");
+        assert_eq!(endpoint(&"pgpu".parse().unwrap(), folder), "sandbox-pgpu.sock");
+        let long = |last: &str| format!("{}{last}", "A".repeat(62)).parse::<ResourceName>().unwrap();
+        let deep = PathBuf::from(format!("/{}", "d".repeat(60)));
+        let (one, other) = (endpoint(&long("1"), &deep), endpoint(&long("2"), &deep));
+        assert_ne!(one, other);
+        assert!(deep.join(one).as_os_str().len() <= SOCKET_PATH);
+    }
+}
