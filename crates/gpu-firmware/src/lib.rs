@@ -1,1 +1,61 @@
 //! Talks to one GPU or NVSwitch: ownership, BAR0, firmware messages, confidential-computing knobs, reset, boot wait.
+//! The only crate of ccnode that writes device registers. No async, no Kubernetes.
+//!
+//! A mode has two sides (gpu-cc-protocol section 6.3): the knobs say what the device will be after its next reset, a
+//! status register says what it booted with. "In mode X" means both, everywhere in this crate.
+//!
+//! The way through it, for a node:
+//!
+//! ```no_run
+//! use gpu_firmware::{Mode, Ownership, Places, Progress, Transaction};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let inventory = hw_probe::Inventory::scan(&hw_probe::SysRoot::host());
+//! let gpus: Vec<_> = inventory.gpus().cloned().collect();
+//! // Nothing has been touched yet; a device in use ends it here.
+//! let ownership = Ownership::take(&gpus, &Places::host("example"))?;
+//! let outcome = Transaction::new(&ownership).run(Mode::On, &|progress: &Progress| println!("{progress}"));
+//! for device in &outcome.devices {
+//!     match &device.result {
+//!         Ok(done) => println!("{} is {}", device.bdf, done.effective),
+//!         Err(error) => println!("{}", error.line()),
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! This version drives Hopper GPUs through sysfs while their VFIO group files are held. Other devices are refused by
+//! name, with the reason.
+
+#![deny(unsafe_code)]
+
+mod access;
+mod chip;
+mod clock;
+mod device;
+mod emem;
+mod error;
+mod knob;
+mod lock;
+mod message;
+#[allow(unsafe_code, reason = "register access through a mapping; every block states why it is sound")]
+mod mmap;
+mod mode;
+mod ownership;
+mod sysfs;
+mod transition;
+
+#[cfg(test)]
+mod fake;
+
+pub use access::{BackEnd, Bar0, Reset};
+pub use chip::{Chip, GH100, Support};
+pub use clock::{Clock, SystemClock};
+pub use device::{Device, Observed, Staged};
+pub use error::{Error, Fault, Holder};
+pub use knob::{Knob, KnobState, KnobWrite, Step, configured, matches, steps, vector};
+pub use lock::DeviceLock;
+pub use mode::{Effective, Mode, ModeError};
+pub use ownership::{Hold, OwnedDevice, Ownership, Places, Refused, group_holders, group_is_free};
+pub use transition::{DeviceDone, DeviceOutcome, Milestone, NodeOutcome, Observer, Progress, Transaction};

@@ -1,0 +1,669 @@
+//! One device: what mode it is in, changing its knobs, resetting it, waiting for it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use hw_probe::{Bdf, PciFunction};
+use serde::Serialize;
+
+use crate::access::{BackEnd, Bar0, find_vsec, is_pri_error, read_sane};
+use crate::chip::{BOOT_0, BOOT_0_SECURITY_FAULT, BOOTED, Chip, FSP_STATUS, Support};
+use crate::clock::{Clock, SystemClock, Wait};
+use crate::emem::{Emem, millis};
+use crate::error::{Error, Fault};
+use crate::knob::{self, Knob, KnobState, KnobWrite};
+use crate::message::Request;
+use crate::mode::{Effective, Mode};
+use crate::ownership::OwnedDevice;
+use crate::sysfs::SysfsBackEnd;
+
+/// Security-fault words are in the vendor-specific capability of this id and revision (gpu-cc-protocol section 1.6).
+const FAULT_VSEC: (u32, u32) = (1, 1);
+
+/// Word of configuration space that is all ones when the device is gone, even behind a hypervisor that emulates the rest
+/// (gpu-cc-protocol section 1.2).
+const LIVENESS: u16 = 0xf0;
+
+/// Byte of configuration space with the first capability's offset; all ones when the device is gone.
+const CAPABILITIES: u16 = 0x34;
+
+/// A device as it was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Observed {
+    /// The mode it booted with.
+    pub effective: Effective,
+    /// The mode its knobs ask for at the next reset, when they are the complete vector of one.
+    pub configured: Option<Mode>,
+    /// The knobs, in the order they were read.
+    pub knobs: Vec<KnobState>,
+    /// PMC_BOOT_0.
+    pub boot0: u32,
+}
+
+/// The outcome of staging.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Staged {
+    /// The mode the device booted with.
+    pub effective: Effective,
+    /// The knobs as they are now: those of the wanted mode.
+    pub knobs: Vec<KnobState>,
+    /// What was changed, in order; each was read back.
+    pub written: Vec<KnobWrite>,
+    /// Whether a reset is needed: something was written, or the device booted with another mode than is wanted.
+    pub reset_needed: bool,
+}
+
+/// A device under ownership. Dropping it puts back power and memory decoding, and ends the ownership it was opened with
+/// unless somebody else shares it.
+pub struct Device {
+    // Dropped in this order: the registers first.
+    bar0: Option<Box<dyn Bar0>>,
+    back: Box<dyn BackEnd>,
+    clock: Arc<dyn Clock>,
+    bdf: Bdf,
+    /// Device and vendor id as the first dword of configuration space has them.
+    ids: u32,
+    support: Support,
+    fsp: Emem,
+    boot0: u32,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device").field("bdf", &self.bdf).field("support", &self.support).finish_non_exhaustive()
+    }
+}
+
+impl Device {
+    /// Opens an owned device through sysfs: wakes it up, and touches no register yet.
+    pub fn open(owned: &OwnedDevice) -> Result<Self, Error> {
+        let fail = |fault| Error::new(owned.bdf(), fault);
+        // Before anything is changed: whether it can be driven at all.
+        Support::of(owned.function()).map_err(fail)?;
+        let back = SysfsBackEnd::open(owned.clone(), &SystemClock).map_err(fail)?;
+        Self::with_back_end(owned.function(), Box::new(back), Arc::new(SystemClock))
+    }
+
+    /// Opens the device that `back` reaches.
+    pub fn with_back_end(function: &PciFunction, back: Box<dyn BackEnd>, clock: Arc<dyn Clock>) -> Result<Self, Error> {
+        let support = Support::of(function).map_err(|fault| Error::new(function.bdf, fault))?;
+        Ok(Self {
+            bar0: None,
+            back,
+            clock,
+            bdf: function.bdf,
+            ids: u32::from(function.device) << 16 | u32::from(function.vendor),
+            fsp: Emem::new(support.chip.emem_channel),
+            support,
+            boot0: 0,
+        })
+    }
+
+    /// Its address.
+    pub fn bdf(&self) -> Bdf {
+        self.bdf
+    }
+
+    /// What can be done with it.
+    pub fn support(&self) -> &Support {
+        &self.support
+    }
+
+    /// Waits until the device has booted: configuration space answers, no security fault, BAR0 answers, boot complete,
+    /// not in recovery (gpu-cc-protocol sections 1.6 and 5). Takes no longer than twice the chip's boot budget (Hopper:
+    /// 5 s), the first of the two for configuration space.
+    pub fn wait_boot(&mut self) -> Result<(), Error> {
+        self.boot().map_err(|fault| self.fail(fault))
+    }
+
+    /// The mode the device booted with. Waits for its boot if nobody has yet.
+    pub fn effective(&mut self) -> Result<Effective, Error> {
+        self.read_effective().map_err(|fault| self.fail(fault))
+    }
+
+    /// The mode the device booted with, and every knob that has to do with modes.
+    pub fn observe(&mut self) -> Result<Observed, Error> {
+        self.look(&knob::ALL).map_err(|fault| self.fail(fault))
+    }
+
+    /// Brings the knobs to those of `mode`, writing only what differs, each write followed by reading it back. The mode
+    /// takes effect at the next reset. `on_write` is told of each write as it has been read back; after an error that is
+    /// all that was changed, but for the knob that the error names.
+    pub fn stage(&mut self, mode: Mode, on_write: &mut dyn FnMut(&KnobWrite)) -> Result<Staged, Error> {
+        self.support.check(mode).and_then(|()| self.stage_knobs(mode, on_write)).map_err(|fault| self.fail(fault))
+    }
+
+    /// Resets the device, unless its configuration space does not answer: resetting a dead device would block for
+    /// minutes. What was known of its registers and queues is forgotten.
+    pub fn reset(&mut self) -> Result<(), Error> {
+        self.do_reset().map_err(|fault| self.fail(fault))
+    }
+
+    /// Whether the device is in `mode`, effective and knobs; if not, an error that says what it is in.
+    pub fn verify(&mut self, mode: Mode) -> Result<Observed, Error> {
+        self.do_verify(mode).map_err(|fault| self.fail(fault))
+    }
+
+    fn chip(&self) -> &'static Chip {
+        self.support.chip
+    }
+
+    /// The error of a fault. A dead BAR0 of a device whose configuration space is dead too is a device off the bus.
+    fn fail(&self, fault: Fault) -> Error {
+        let fault = match fault {
+            Fault::Bar0Dead { .. } => match self.back.config32(0) {
+                Ok(u32::MAX) => Fault::OffBus { what: "configuration space and BAR0 read all ones".into() },
+                Err(gone @ Fault::OffBus { .. }) => gone,
+                _ => fault,
+            },
+            fault => fault,
+        };
+        Error::new(self.bdf, fault)
+    }
+
+    /// `Some` when configuration space answers, with the ids that the scan saw.
+    fn config_alive(&self) -> Result<Option<()>, Fault> {
+        let ids = self.back.config32(0)?;
+        // Vendor 0xffff: nothing answers. Vendor 1: "not ready yet", which no device has as its id.
+        if matches!(ids & 0xffff, 0xffff | 0x0001) {
+            return Ok(None);
+        }
+        if ids != self.ids {
+            return Err(Fault::DeviceChanged { expected: self.ids, found: ids });
+        }
+        let gone = self.back.config32(LIVENESS)? & 0xffff == 0xffff || self.back.config32(CAPABILITIES)? & 0xff == 0xff;
+        Ok((!gone).then_some(()))
+    }
+
+    /// The security-fault word of configuration space, if it can be found.
+    fn fault_word(&self) -> Option<u32> {
+        let capability = find_vsec(&*self.back, FAULT_VSEC).ok().flatten()?;
+        self.back.config32(capability.checked_add(self.chip().fault_word)?).ok()
+    }
+
+    fn boot(&mut self) -> Result<(), Fault> {
+        self.bar0 = None;
+        let (chip, clock) = (self.chip(), Arc::clone(&self.clock));
+        let budget = chip.boot_wait;
+        if budget.poll(&*clock, || self.config_alive())?.is_none() {
+            let what = format!("configuration space does not answer for {} ms", millis(budget.timeout));
+            return Err(Fault::OffBus { what });
+        }
+        let fault_word = self.fault_word();
+        if let Some(word) = fault_word.filter(|word| *word != 0) {
+            // Which bits mean a lockdown is not public for every chip; BOOT_0 decides.
+            tracing::warn!(device = %self.bdf, "the security-fault word reads {word:08x}");
+        }
+        let bar0 = self.back.bar0()?;
+        let start = clock.now();
+        let left = || Wait { timeout: budget.timeout.saturating_sub(clock.now().saturating_sub(start)), ..budget };
+
+        let mut boot0 = 0;
+        let sane = left().poll(&*clock, || {
+            boot0 = bar0.read32(BOOT_0)?;
+            if BOOT_0_SECURITY_FAULT.contains(&boot0) {
+                return Err(Fault::SecFault { boot0, fault_word });
+            }
+            Ok((boot0 != 0 && boot0 != u32::MAX && !is_pri_error(boot0)).then_some(()))
+        })?;
+        if sane.is_none() {
+            return Err(match boot0 {
+                u32::MAX => Fault::Bar0Dead { register: BOOT_0 },
+                0 => Fault::Recovery { register: BOOT_0, value: 0 },
+                value => Fault::PriError { register: BOOT_0, value },
+            });
+        }
+
+        let mut last = 0;
+        let booted = left().poll(&*clock, || {
+            last = bar0.read32(chip.boot)?;
+            Ok((last == BOOTED).then_some(()))
+        })?;
+        if booted.is_none() {
+            return Err(boot_timeout(chip, &*bar0, last, millis(clock.now().saturating_sub(start))));
+        }
+
+        let (register, flag) = chip.recovery;
+        let value = read_patiently(&*bar0, &*clock, left(), register)?;
+        if value & flag != 0 {
+            return Err(Fault::Recovery { register, value });
+        }
+        // The status must be readable as well before anybody calls the device booted.
+        read_patiently(&*bar0, &*clock, left(), chip.status)?;
+        tracing::debug!(device = %self.bdf, boot0 = format_args!("{boot0:08x}"), "booted");
+        self.boot0 = boot0;
+        self.bar0 = Some(bar0);
+        Ok(())
+    }
+
+    /// The registers of a booted device.
+    fn booted(&mut self) -> Result<&dyn Bar0, Fault> {
+        if self.bar0.is_none() {
+            self.boot()?;
+        }
+        self.bar0.as_deref().ok_or(Fault::NoBar0)
+    }
+
+    fn read_effective(&mut self) -> Result<Effective, Fault> {
+        let chip = self.chip();
+        let status = read_sane(self.booted()?, chip.status)?;
+        Ok((chip.decode)(status))
+    }
+
+    /// Sends a request about a knob; returns the value if it was a read.
+    fn ask(&mut self, request: Request) -> Result<Option<u16>, Fault> {
+        self.booted()?;
+        let bar0 = self.bar0.as_deref().ok_or(Fault::NoBar0)?;
+        let dwords = self.fsp.exchange(bar0, &*self.clock, &request.dwords())?;
+        let reply = request.reply(&dwords);
+        tracing::trace!(device = %self.bdf, ?request, ?reply, "firmware");
+        if let Err(Fault::FspProtocol { .. }) = reply {
+            self.fsp.distrust();
+        }
+        reply
+    }
+
+    fn read_knob(&mut self, knob: Knob) -> Result<u16, Fault> {
+        let value = self.ask(Request::Read(knob))?;
+        value.ok_or(Fault::FspProtocol { reason: "a knob read brought no value", dwords: Vec::new() })
+    }
+
+    /// The knob's value; none for a PPCIE knob that the firmware does not know, which is a firmware without PPCIe.
+    fn read_if_present(&mut self, knob: Knob) -> Result<Option<u16>, Fault> {
+        match self.read_knob(knob) {
+            Ok(value) => Ok(Some(value)),
+            Err(Fault::KnobUnsupported { knob: Knob::PPCIE }) => Ok(None),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    fn write_knob(&mut self, write: KnobWrite) -> Result<(), Fault> {
+        let KnobWrite { knob, to, .. } = write;
+        let outcome = match self.ask(Request::Write(knob, to)) {
+            Ok(_) => match self.read_knob(knob)? {
+                read if read == to => Ok(()),
+                read => Err(Fault::KnobMismatch { knob, wrote: to, read }),
+            },
+            Err(fault) => Err(fault),
+        };
+        let Err(fault) = outcome else {
+            tracing::info!(device = %self.bdf, "knob {write}");
+            return Ok(());
+        };
+        // The code of a write that the permission knob forbids is not public, so the permission itself is asked.
+        if matches!(fault, Fault::FspError { .. } | Fault::KnobMismatch { .. })
+            && let Some(permission) = knob.permission()
+            && let Ok(0) = self.read_knob(permission)
+        {
+            return Err(Fault::InBandDenied { knob, permission });
+        }
+        Err(fault)
+    }
+
+    fn stage_knobs(&mut self, mode: Mode, on_write: &mut dyn FnMut(&KnobWrite)) -> Result<Staged, Fault> {
+        let effective = self.read_effective()?;
+        let mut knobs: Vec<KnobState> = Vec::new();
+        let mut written = Vec::new();
+        let mut has_ppcie = true;
+        for step in knob::steps(self.chip(), mode, true) {
+            let knob = step.knob;
+            if knob == Knob::PPCIE && !has_ppcie {
+                continue;
+            }
+            let value = if mode == Mode::Ppcie { Some(self.read_knob(knob)?) } else { self.read_if_present(knob)? };
+            has_ppcie &= knob != Knob::PPCIE || value.is_some();
+            let mut now = KnobState { knob, value };
+            if let (Some(from), Some(to)) = (value, step.value)
+                && from != to
+            {
+                let write = KnobWrite { knob, from, to };
+                self.write_knob(write)?;
+                on_write(&write);
+                written.push(write);
+                now.value = Some(to);
+            }
+            knobs.retain(|state| state.knob != knob);
+            knobs.push(now);
+        }
+        let reset_needed = !written.is_empty() || effective != mode;
+        Ok(Staged { effective, knobs, written, reset_needed })
+    }
+
+    fn look(&mut self, wanted: &[Knob]) -> Result<Observed, Fault> {
+        let effective = self.read_effective()?;
+        let knobs = wanted
+            .iter()
+            .map(|knob| Ok(KnobState { knob: *knob, value: self.read_if_present(*knob)? }))
+            .collect::<Result<Vec<KnobState>, Fault>>()?;
+        Ok(Observed { effective, configured: knob::configured(self.chip(), &knobs), knobs, boot0: self.boot0 })
+    }
+
+    fn do_reset(&mut self) -> Result<(), Fault> {
+        self.bar0 = None;
+        self.fsp = Emem::new(self.chip().emem_channel);
+        if self.config_alive()?.is_none() {
+            return Err(Fault::OffBus { what: "configuration space does not answer; not reset".into() });
+        }
+        self.back.reset()
+    }
+
+    fn do_verify(&mut self, mode: Mode) -> Result<Observed, Fault> {
+        let observed = self.look(&knob::ALL)?;
+        let Observed { effective, knobs, .. } = &observed;
+        if *effective == Effective::InvalidDevtoolsOnly {
+            return Err(Fault::InvalidDevtoolsOnly { want: mode });
+        }
+        if *effective != mode || !knob::matches(self.chip(), mode, knobs) {
+            return Err(Fault::VerifyFailed { want: mode, effective: *effective, knobs: knobs.clone() });
+        }
+        Ok(observed)
+    }
+}
+
+/// Reads a register of a device that has just booted: bus errors are tried again until `left` is over.
+fn read_patiently(bar0: &dyn Bar0, clock: &dyn Clock, left: Wait, register: u32) -> Result<u32, Fault> {
+    let mut last = None;
+    let value = left.poll(clock, || match read_sane(bar0, register) {
+        Err(fault @ Fault::PriError { .. }) => {
+            last = Some(fault);
+            Ok(None)
+        }
+        other => other.map(Some),
+    })?;
+    match (value, last) {
+        (Some(value), _) => Ok(value),
+        (None, Some(fault)) => Err(fault),
+        (None, None) => read_sane(bar0, register),
+    }
+}
+
+/// What a boot that did not end in time looks like. Reads that fail here hide nothing.
+fn boot_timeout(chip: &Chip, bar0: &dyn Bar0, last: u32, waited_ms: u64) -> Fault {
+    let (register, flag) = chip.recovery;
+    if let Ok(value) = read_sane(bar0, register)
+        && value & flag != 0
+    {
+        return Fault::Recovery { register, value };
+    }
+    if last == u32::MAX {
+        return Fault::Bar0Dead { register: chip.boot };
+    }
+    let fsp_status = [0, 4, 8, 12].map(|offset| bar0.read32(FSP_STATUS + offset).ok());
+    Fault::BootTimeout { register: chip.boot, last, wanted: BOOTED, waited_ms, fsp_status }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fake::{FakeGpu, Quirk};
+
+    fn stage(device: &mut Device, mode: Mode) -> Result<Staged, Error> {
+        device.stage(mode, &mut |_| {})
+    }
+
+    /// Stages, resets and verifies.
+    fn change(gpu: &FakeGpu, mode: Mode) -> Result<Staged, Error> {
+        let mut device = gpu.device();
+        let staged = stage(&mut device, mode)?;
+        device.reset()?;
+        device.wait_boot()?;
+        device.verify(mode)?;
+        Ok(staged)
+    }
+
+    #[test]
+    fn requests_are_those_of_examples_5_6_and_7_with_each_write_read_back() {
+        let on = "45->0 2->0 4->0 34->0 45->0 10->0 10:=2 10->2 8->0 8:=1 8->1 6->0";
+        let devtools = "45->0 2->0 4->0 34->0 45->0 10->0 8->0 8:=1 8->1 6->0 6:=1 6->1";
+        let off = "45->0 10->2 10:=0 10->0 6->0 8->1 8:=0 8->0";
+        let off_from_devtools = "45->0 10->0 6->1 6:=0 6->0 8->1 8:=0 8->0";
+        for (from, to, expected) in [
+            (Mode::Off, Mode::On, on),
+            (Mode::Off, Mode::Devtools, devtools),
+            (Mode::On, Mode::Off, off),
+            (Mode::Devtools, Mode::Off, off_from_devtools),
+        ] {
+            let gpu = FakeGpu::in_mode(from);
+            let mut device = gpu.device();
+            assert_eq!(device.effective().unwrap(), from);
+            let staged = stage(&mut device, to).unwrap();
+            assert_eq!(gpu.requests(), expected, "{from} -> {to}");
+            assert!(staged.reset_needed);
+            assert_eq!(device.effective().unwrap(), from, "knobs take effect at the reset");
+            device.reset().unwrap();
+            device.wait_boot().unwrap();
+            assert_eq!(device.verify(to).unwrap().configured, Some(to));
+            assert_eq!((gpu.effective_bits(), gpu.resets()), (expected_bits(to), 1));
+        }
+    }
+
+    /// 0x1182cc & 0x23 as examples 5 to 7 have it.
+    fn expected_bits(mode: Mode) -> u32 {
+        match mode {
+            Mode::Off => 0,
+            Mode::On => 1,
+            Mode::Devtools => 3,
+            Mode::Ppcie => 0x20,
+        }
+    }
+
+    #[test]
+    fn every_vector_and_state_converges_in_one_change() {
+        let knobs = [Knob::CCM, Knob::CCD, Knob::PPCIE, Knob::K2, Knob::K4, Knob::K34];
+        for bits in 0..1_u16 << (knobs.len() + 1) {
+            for effective in [0, 1, 2, 3, 0x20, 0x21] {
+                for target in [Mode::Off, Mode::On, Mode::Devtools] {
+                    let gpu = FakeGpu::new();
+                    for (index, knob) in knobs.into_iter().enumerate() {
+                        gpu.set_knob(knob, bits >> index & 1);
+                    }
+                    gpu.set_knob(Knob::BAR0_DECOUPLER, (bits >> knobs.len() & 1) * 2);
+                    gpu.set_effective(effective);
+                    let staged = change(&gpu, target).unwrap();
+                    for write in &staged.written {
+                        assert_ne!(write.from, write.to);
+                    }
+                    let mut device = gpu.device();
+                    let again = stage(&mut device, target).unwrap();
+                    assert_eq!((again.written, again.reset_needed), (vec![], false), "twice changes nothing");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_write_on_the_way_leaves_developers_tools_without_cc() {
+        for from in [Mode::Off, Mode::On, Mode::Devtools] {
+            for to in [Mode::Off, Mode::On, Mode::Devtools] {
+                let gpu = FakeGpu::in_mode(from);
+                let mut device = gpu.device();
+                device.stage(to, &mut |_| assert!(gpu.knob(Knob::CCD) <= gpu.knob(Knob::CCM))).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn off_clears_ppcie_first_and_old_firmware_has_none() {
+        let gpu = FakeGpu::in_mode(Mode::Ppcie);
+        let staged = change(&gpu, Mode::Off).unwrap();
+        assert_eq!(staged.written[0].to_string(), "PPCIE (45) 1 -> 0");
+        assert!(gpu.requests().starts_with("45->1 45:=0 45->0 10->2 10:=0 10->0 6->0 8->0"), "{}", gpu.requests());
+
+        for (target, expected) in [
+            (Mode::On, "45!1e3 2->0 4->0 34->0 10->0 10:=2 10->2 8->0 8:=1 8->1 6->0"),
+            (Mode::Off, "45!1e3 10->0 6->0 8->0"),
+        ] {
+            let gpu = FakeGpu::new();
+            gpu.quirk(Quirk::UnknownKnob(Knob::PPCIE));
+            let mut device = gpu.device();
+            stage(&mut device, target).unwrap();
+            assert_eq!(gpu.requests(), expected);
+            device.reset().unwrap();
+            device.verify(target).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_refused_write_is_explained_by_the_permission() {
+        let table: [(&[Quirk], &str); 5] = [
+            (&[Quirk::DenyWrite(Knob::CCM), Quirk::Forbid(Knob::CCM)], "InBandDenied"),
+            (&[Quirk::IgnoreWrite(Knob::CCM), Quirk::Forbid(Knob::CCM)], "InBandDenied"),
+            (&[Quirk::DenyWrite(Knob::CCM)], "FspError"),
+            (&[Quirk::IgnoreWrite(Knob::CCM)], "KnobMismatch"),
+            (&[Quirk::UnknownKnob(Knob::CCM)], "KnobUnsupported"),
+        ];
+        for (quirks, code) in table {
+            let gpu = FakeGpu::new();
+            for quirk in quirks {
+                gpu.quirk(quirk.clone());
+            }
+            let mut told = Vec::new();
+            let error = gpu.device().stage(Mode::On, &mut |write| told.push(write.knob)).unwrap_err();
+            assert_eq!(error.code(), code, "{quirks:?}");
+            assert!(error.to_string().starts_with("0000:41:00.0: "), "{error}");
+            let expected = [Knob::BAR0_DECOUPLER];
+            assert_eq!(told, expected, "what was written before is told");
+        }
+    }
+
+    #[test]
+    fn boots_are_waited_for_and_failures_named() {
+        let ms = Duration::from_millis;
+        let table: [(&[Quirk], Option<&str>); 17] = [
+            (&[Quirk::BootTime(ms(400))], None),
+            (&[Quirk::BootTime(ms(4_990))], None),
+            (&[Quirk::BusErrorsFor(ms(3_000))], None),
+            (&[Quirk::NotReadyFor(ms(4_000)), Quirk::BootTime(ms(4_500))], None),
+            (&[Quirk::BootTime(ms(5_100))], Some("BootTimeout")),
+            (&[Quirk::BusErrorsFor(ms(9_000))], Some("PriError")),
+            (&[Quirk::NotReadyFor(ms(9_000))], Some("OffBus")),
+            (&[Quirk::Stuck { register: 0x0, value: u32::MAX }], Some("Bar0Dead")),
+            (&[Quirk::Stuck { register: 0x0, value: u32::MAX }, Quirk::ConfigDead], Some("OffBus")),
+            (&[Quirk::Stuck { register: 0x0, value: 0xbadf_0200 }], Some("SecFault")),
+            (&[Quirk::Stuck { register: 0x0, value: 0xbad0_0200 }], Some("SecFault")),
+            (&[Quirk::Stuck { register: 0x0, value: 0 }], Some("Recovery")),
+            (&[Quirk::Stuck { register: 0x2_0120, value: 1 << 30 }], Some("Recovery")),
+            (&[Quirk::Stuck { register: 0x2_0120, value: 1 << 30 }, Quirk::BootTime(ms(9_000))], Some("Recovery")),
+            (&[Quirk::Stuck { register: 0x2_00bc, value: u32::MAX }], Some("Bar0Dead")),
+            (&[Quirk::Stuck { register: 0x11_82cc, value: 0xbadf_0000 }], Some("PriError")),
+            (&[Quirk::Stuck { register: 0x11_82cc, value: u32::MAX }], Some("Bar0Dead")),
+        ];
+        for (quirks, code) in table {
+            let gpu = FakeGpu::new();
+            for quirk in quirks {
+                gpu.quirk(quirk.clone());
+            }
+            gpu.power_up();
+            let found = gpu.device().wait_boot().map_err(|error| error.code());
+            assert_eq!(found, code.map_or(Ok(()), Err), "{quirks:?}");
+            assert!(gpu.clock.now() <= Duration::from_millis(10_040), "{quirks:?}: {:?}", gpu.clock.now());
+        }
+    }
+
+    #[test]
+    fn a_boot_timeout_tells_the_registers() {
+        let gpu = FakeGpu::new();
+        gpu.quirk(Quirk::BootTime(Duration::from_mins(1)));
+        gpu.power_up();
+        let error = gpu.device().wait_boot().unwrap_err();
+        let Fault::BootTimeout { register, last, wanted, fsp_status, waited_ms } = *error.fault else {
+            panic!("{error}")
+        };
+        assert_eq!((register, last, wanted), (0x2_00bc, 0, 0xff));
+        assert_eq!(fsp_status, [Some(0xf0), Some(0xf1), Some(0xf2), Some(0xf3)]);
+        assert!((5_000..5_020).contains(&waited_ms), "{waited_ms}");
+    }
+
+    #[test]
+    fn a_security_fault_tells_the_word_of_configuration_space() {
+        let gpu = FakeGpu::new();
+        gpu.quirk(Quirk::Stuck { register: 0, value: 0xbadf_0200 });
+        gpu.set_config(0x2b4, 0x4000_0001);
+        let error = gpu.device().wait_boot().unwrap_err();
+        assert_eq!(*error.fault, Fault::SecFault { boot0: 0xbadf_0200, fault_word: Some(0x4000_0001) });
+        assert_eq!(gpu.clock.now(), Duration::ZERO, "it is never waited out");
+    }
+
+    #[test]
+    fn another_device_at_the_address_is_not_touched() {
+        let gpu = FakeGpu::new();
+        gpu.set_config(0, 0x2901_10de);
+        assert_eq!(gpu.device().wait_boot().unwrap_err().code(), "DeviceChanged");
+        assert_eq!(gpu.device().reset().unwrap_err().code(), "DeviceChanged");
+        assert_eq!((gpu.reads(), gpu.writes().len(), gpu.resets()), (0, 0, 0));
+    }
+
+    #[test]
+    fn a_dead_device_is_not_reset() {
+        let gpu = FakeGpu::new();
+        gpu.quirk(Quirk::ConfigDead);
+        assert_eq!(gpu.device().reset().unwrap_err().code(), "OffBus");
+        assert_eq!(gpu.resets(), 0);
+    }
+
+    #[test]
+    fn verification_wants_effective_and_knobs() {
+        let gpu = FakeGpu::in_mode(Mode::On);
+        gpu.device().verify(Mode::On).unwrap();
+        assert_eq!(gpu.device().verify(Mode::Off).unwrap_err().code(), "VerifyFailed");
+        gpu.set_knob(Knob::PPCIE, 1);
+        let error = gpu.device().verify(Mode::On).unwrap_err();
+        assert!(
+            error.to_string().contains("Asked for on, found on with knobs")
+                && error.to_string().contains("PPCIE (45) = 1"),
+            "{error}"
+        );
+        gpu.set_knob(Knob::PPCIE, 0);
+        gpu.set_effective(2);
+        assert_eq!(gpu.device().verify(Mode::On).unwrap_err().code(), "InvalidDevtoolsOnly");
+        // A device whose mode does not move with the reset.
+        let gpu = FakeGpu::new();
+        gpu.quirk(Quirk::ModeStuck);
+        assert_eq!(change(&gpu, Mode::On).unwrap_err().code(), "VerifyFailed");
+    }
+
+    #[test]
+    fn modes_it_has_not_got_are_refused_before_any_register() {
+        let gpu = FakeGpu::new();
+        assert_eq!(stage(&mut gpu.device(), Mode::Ppcie).unwrap_err().code(), "Unsupported");
+        assert_eq!((gpu.reads(), gpu.writes().len()), (0, 0));
+    }
+
+    #[test]
+    fn garbage_in_the_high_half_of_a_value_is_masked() {
+        let gpu = FakeGpu::in_mode(Mode::On);
+        gpu.quirk(Quirk::Garbage);
+        gpu.device().verify(Mode::On).unwrap();
+    }
+
+    #[test]
+    fn falling_off_the_bus_in_the_middle_is_named() {
+        let gpu = FakeGpu::new();
+        let mut device = gpu.device();
+        device.wait_boot().unwrap();
+        gpu.quirk(Quirk::ConfigDead);
+        gpu.quirk(Quirk::AllOnes);
+        assert_eq!(stage(&mut device, Mode::On).unwrap_err().code(), "OffBus");
+    }
+
+    proptest! {
+        /// Whatever the device's registers hold, staging ends, and success means that the knobs are right.
+        #[test]
+        fn staging_never_believes_a_broken_device(
+            register in prop::sample::select(vec![0, 0x2_00bc, 0x2_0120, 0x11_82cc, 0x8f_2c10, 0x8f_2c14, 0x8f_2c90, 0x8f_2c94, 0x8f_2ad4]),
+            value: u32,
+        ) {
+            let gpu = FakeGpu::new();
+            gpu.quirk(Quirk::Stuck { register, value });
+            if let Ok(staged) = stage(&mut gpu.device(), Mode::On) {
+                prop_assert_ne!(register, 0x8f_2ad4);
+                prop_assert!(knob::matches(&crate::chip::GH100, Mode::On, &staged.knobs));
+                prop_assert_eq!((gpu.knob(Knob::CCM), gpu.knob(Knob::BAR0_DECOUPLER)), (1, 2));
+            }
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! A change of mode of all devices of a node, without Kubernetes: stage all, reset all in parallel, wait, verify all.
+//!
+//! A device that fails stops nobody else, and makes the node's outcome a failure. A device that is right already is
+//! not reset. Interrupted anywhere, the next run finishes: what is to be done comes from the devices alone.
+
+use std::fmt;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use hw_probe::Bdf;
+use serde::Serialize;
+
+use crate::chip::Support;
+use crate::device::{Device, Observed, Staged};
+use crate::error::{Error, Fault};
+use crate::knob::{KnobState, KnobWrite};
+use crate::mode::{Effective, Mode};
+use crate::ownership::{OwnedDevice, Ownership};
+
+/// Something that happened to a device on its way.
+#[derive(Clone, Debug, Serialize)]
+pub struct Progress {
+    /// The device.
+    pub bdf: Bdf,
+    /// When.
+    pub at: SystemTime,
+    /// What.
+    #[serde(flatten)]
+    pub what: Milestone,
+}
+
+/// The steps of a device's way.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "step")]
+pub enum Milestone {
+    /// It is being looked at.
+    Begun,
+    /// A knob was written and read back.
+    Written(KnobWrite),
+    /// All its knobs are those of the target.
+    Staged {
+        /// The mode it booted with.
+        effective: Effective,
+        /// How many knobs were written.
+        writes: usize,
+        /// Whether it will be reset.
+        reset_needed: bool,
+    },
+    /// Its reset was asked for.
+    ResetBegun,
+    /// The kernel has reset it.
+    ResetDone,
+    /// It has booted again.
+    Booted,
+    /// It is in the target mode, effective and knobs.
+    Verified,
+    /// It will not get there.
+    Failed {
+        /// Why.
+        error: Error,
+    },
+}
+
+impl fmt::Display for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.bdf)?;
+        match &self.what {
+            Milestone::Begun => f.write_str("begun"),
+            Milestone::Written(write) => write!(f, "knob {write}"),
+            Milestone::Staged { effective, writes, reset_needed } => {
+                let reset = if *reset_needed { "reset needed" } else { "no reset needed" };
+                write!(f, "staged, {writes} knobs written, booted with {effective}, {reset}")
+            }
+            Milestone::ResetBegun => f.write_str("reset begun"),
+            Milestone::ResetDone => f.write_str("reset done"),
+            Milestone::Booted => f.write_str("booted"),
+            Milestone::Verified => f.write_str("verified"),
+            Milestone::Failed { error } => write!(f, "failed: {}", error.fault),
+        }
+    }
+}
+
+/// Whoever wants to know how far a transaction is. Called from the devices' threads, which wait for it.
+pub trait Observer: Sync {
+    /// Something happened.
+    fn progress(&self, progress: &Progress);
+}
+
+impl<F: Fn(&Progress) + Sync> Observer for F {
+    fn progress(&self, progress: &Progress) {
+        self(progress);
+    }
+}
+
+/// A device that has reached the target.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DeviceDone {
+    /// The mode it booted with: the target.
+    pub effective: Effective,
+    /// Its knobs: the target's.
+    pub knobs: Vec<KnobState>,
+    /// The knobs that were written.
+    pub written: Vec<KnobWrite>,
+    /// Whether it was reset.
+    pub was_reset: bool,
+    /// When it was verified.
+    pub verified_at: SystemTime,
+    /// Time from the transaction's start to its verification.
+    pub took: Duration,
+}
+
+/// How it went with one device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceOutcome {
+    /// The device.
+    pub bdf: Bdf,
+    /// What became of it.
+    pub result: Result<DeviceDone, Error>,
+}
+
+/// How it went with all of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeOutcome {
+    /// The mode that was wanted.
+    pub target: Mode,
+    /// One outcome a device, in the order of the ownership.
+    pub devices: Vec<DeviceOutcome>,
+    /// Time for everything.
+    pub took: Duration,
+}
+
+impl NodeOutcome {
+    /// Whether every device was verified in the target mode. True of no devices at all.
+    pub fn all_verified(&self) -> bool {
+        self.devices.iter().all(|device| device.result.is_ok())
+    }
+
+    /// The errors, of those devices that have one.
+    pub fn errors(&self) -> impl Iterator<Item = &Error> {
+        self.devices.iter().filter_map(|device| device.result.as_ref().err())
+    }
+}
+
+/// A change of mode of devices that are ours.
+#[derive(Debug)]
+pub struct Transaction<'a> {
+    devices: &'a [OwnedDevice],
+}
+
+impl<'a> Transaction<'a> {
+    /// One over all devices of `ownership`.
+    pub fn new(ownership: &'a Ownership) -> Self {
+        Self { devices: ownership.devices() }
+    }
+
+    /// Brings every device to `target`, or says of each why not. Returns when all are done; every wait within has a
+    /// deadline.
+    pub fn run(&self, target: Mode, observer: &dyn Observer) -> NodeOutcome {
+        let openers = self.devices.iter().map(|owned| {
+            let open = move || {
+                // Before the device is woken up: whether this mode is for it.
+                let supported = Support::of(owned.function()).and_then(|support| support.check(target));
+                supported.map_err(|fault| Error::new(owned.bdf(), fault))?;
+                Device::open(owned)
+            };
+            (owned.bdf(), open)
+        });
+        run(openers.collect(), target, observer)
+    }
+}
+
+/// The transaction over devices however they are opened.
+fn run<F>(devices: Vec<(Bdf, F)>, target: Mode, observer: &dyn Observer) -> NodeOutcome
+where
+    F: FnOnce() -> Result<Device, Error> + Send,
+{
+    let start = Instant::now();
+    let tell = |bdf: Bdf, what: Milestone| {
+        let progress = Progress { bdf, at: SystemTime::now(), what };
+        tracing::debug!("{progress}");
+        observer.progress(&progress);
+    };
+    let stage = |bdf: Bdf, open: F| {
+        tell(bdf, Milestone::Begun);
+        let mut device = open()?;
+        let staged = device.stage(target, &mut |write| tell(bdf, Milestone::Written(*write)))?;
+        let Staged { effective, reset_needed, .. } = staged;
+        tell(bdf, Milestone::Staged { effective, writes: staged.written.len(), reset_needed });
+        Ok((device, staged))
+    };
+    let finish = |bdf: Bdf, staged: Result<(Device, Staged), Error>| {
+        let (mut device, Staged { mut effective, mut knobs, written, reset_needed }) = staged?;
+        if reset_needed {
+            tell(bdf, Milestone::ResetBegun);
+            device.reset()?;
+            tell(bdf, Milestone::ResetDone);
+            device.wait_boot()?;
+            tell(bdf, Milestone::Booted);
+            Observed { effective, knobs, .. } = device.verify(target)?;
+        }
+        // Without a reset, staging has read the effective mode and every knob of the target, and found them right.
+        tell(bdf, Milestone::Verified);
+        let (verified_at, took) = (SystemTime::now(), start.elapsed());
+        Ok(DeviceDone { effective, knobs, written, was_reset: reset_needed, verified_at, took })
+    };
+    let finish = |bdf: Bdf, staged| {
+        finish(bdf, staged).inspect_err(|error: &Error| tell(bdf, Milestone::Failed { error: error.clone() }))
+    };
+    // All are staged before any is reset: a device that cannot be staged is known before the first goes down.
+    let staged = parallel(devices, stage);
+    let finished = parallel(staged, finish);
+    let devices = finished.into_iter().map(|(bdf, result)| DeviceOutcome { bdf, result }).collect();
+    NodeOutcome { target, devices, took: start.elapsed() }
+}
+
+/// Does `act` with all items at once, each on a thread of its own, and returns what came of each, in order.
+fn parallel<I: Send, T: Send>(
+    items: Vec<(Bdf, I)>,
+    act: impl Fn(Bdf, I) -> Result<T, Error> + Sync,
+) -> Vec<(Bdf, Result<T, Error>)> {
+    let act = &act;
+    thread::scope(|scope| {
+        let threads: Vec<_> = items
+            .into_iter()
+            .map(|(bdf, item)| {
+                let work = move || {
+                    let _span = tracing::info_span!("device", device = %bdf).entered();
+                    act(bdf, item)
+                };
+                (bdf, thread::Builder::new().name(bdf.to_string()).spawn_scoped(scope, work))
+            })
+            .collect();
+        let interrupted = |bdf, what| Err(Error::new(bdf, Fault::Interrupted { what }));
+        let result = |(bdf, thread): (Bdf, std::io::Result<thread::ScopedJoinHandle<'_, Result<T, Error>>>)| {
+            let result = match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| interrupted(bdf, "its thread panicked".into())),
+                Err(error) => interrupted(bdf, format!("cannot start a thread: {error}")),
+            };
+            (bdf, result)
+        };
+        threads.into_iter().map(result).collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::fake::{FakeGpu, Quirk};
+
+    fn transact(gpus: &[FakeGpu], target: Mode) -> (NodeOutcome, Vec<Progress>) {
+        let seen = Mutex::new(Vec::new());
+        let observer = |progress: &Progress| seen.lock().unwrap().push(progress.clone());
+        let openers = gpus.iter().map(|gpu| (gpu.bdf(), || Ok(gpu.device()))).collect();
+        let outcome = run(openers, target, &observer);
+        (outcome, seen.into_inner().unwrap())
+    }
+
+    fn three() -> Vec<FakeGpu> {
+        ["0000:41:00.0", "0000:61:00.0", "0000:81:00.0"].map(FakeGpu::at).into()
+    }
+
+    #[test]
+    fn every_device_gets_there_in_the_same_steps() {
+        let gpus = three();
+        let (outcome, seen) = transact(&gpus, Mode::On);
+        assert!(outcome.all_verified(), "{outcome:?}");
+        for gpu in &gpus {
+            let steps: Vec<String> = seen
+                .iter()
+                .filter(|progress| progress.bdf == gpu.bdf())
+                .map(|progress| progress.to_string()[14..].to_owned())
+                .collect();
+            let expected = [
+                "begun",
+                "knob BAR0_DECOUPLER (10) 0 -> 2",
+                "knob CCM (8) 0 -> 1",
+                "staged, 2 knobs written, booted with off, reset needed",
+                "reset begun",
+                "reset done",
+                "booted",
+                "verified",
+            ];
+            assert_eq!(steps, expected);
+            assert_eq!(gpu.resets(), 1);
+        }
+        let staged = seen.iter().rposition(|progress| matches!(progress.what, Milestone::Staged { .. })).unwrap();
+        let reset = seen.iter().position(|progress| progress.what == Milestone::ResetBegun).unwrap();
+        assert!(staged < reset, "all are staged before any is reset");
+    }
+
+    #[test]
+    fn what_is_right_already_is_neither_written_nor_reset() {
+        let gpus = three();
+        for gpu in &gpus {
+            gpu.put_in_mode(Mode::Devtools);
+        }
+        gpus[1].put_in_mode(Mode::Off);
+        let (outcome, _) = transact(&gpus, Mode::Devtools);
+        assert!(outcome.all_verified());
+        assert_eq!(gpus.iter().map(FakeGpu::resets).collect::<Vec<_>>(), [0, 1, 0]);
+        let done = |index: usize| outcome.devices[index].result.as_ref().unwrap();
+        assert_eq!((done(0).was_reset, done(0).written.len(), done(0).effective), (false, 0, Effective::Devtools));
+        assert_eq!((done(1).was_reset, done(1).written.len()), (true, 2));
+    }
+
+    #[test]
+    fn pending_knobs_are_not_mistaken_for_the_mode() {
+        let gpus = three();
+        // Staged `on` and interrupted before the reset; then `off` is wanted again: effective is off already.
+        gpus[0].device().stage(Mode::On, &mut |_| {}).unwrap();
+        let (outcome, _) = transact(&gpus, Mode::Off);
+        assert!(outcome.all_verified());
+        assert_eq!(gpus[0].requests_after_reset_are_vector_of(Mode::Off), Ok(()));
+        // And the other way: knobs say `on`, the device has not been reset.
+        gpus[1].device().stage(Mode::On, &mut |_| {}).unwrap();
+        let (outcome, _) = transact(&gpus, Mode::On);
+        assert!(outcome.all_verified());
+        assert!(outcome.devices[1].result.as_ref().unwrap().was_reset);
+    }
+
+    #[test]
+    fn one_failure_stops_nobody_else_and_fails_the_node() {
+        let table = [
+            (Quirk::UnknownKnob(crate::Knob::CCM), "KnobUnsupported", 0),
+            (Quirk::DropReplies, "FspNoResponse", 0),
+            (Quirk::ResetFails(nix::errno::Errno::EIO), "ResetFailed", 0),
+            (Quirk::DiesAtReset, "OffBus", 1),
+            (Quirk::HangsAtReset, "BootTimeout", 1),
+            (Quirk::ModeStuck, "VerifyFailed", 1),
+        ];
+        for (quirk, code, resets) in table {
+            let gpus = three();
+            gpus[1].quirk(quirk);
+            let (outcome, seen) = transact(&gpus, Mode::On);
+            assert!(!outcome.all_verified());
+            let results: Vec<Option<&str>> =
+                outcome.devices.iter().map(|device| device.result.as_ref().err().map(Error::code)).collect();
+            assert_eq!(results, [None, Some(code), None]);
+            assert_eq!(outcome.errors().map(|error| error.bdf).collect::<Vec<_>>(), [gpus[1].bdf()]);
+            assert_eq!(gpus.iter().map(FakeGpu::resets).collect::<Vec<_>>(), [1, resets, 1], "{code}");
+            let last = seen.iter().rfind(|progress| progress.bdf == gpus[1].bdf()).unwrap();
+            assert!(matches!(&last.what, Milestone::Failed { error } if error.code() == code), "{last}");
+        }
+    }
+
+    #[test]
+    fn a_panicking_device_is_a_failed_device() {
+        let gpus = three();
+        let observer = |progress: &Progress| {
+            assert!(progress.bdf != gpus[2].bdf() || progress.what != Milestone::ResetDone, "on purpose");
+        };
+        let openers = gpus.iter().map(|gpu| (gpu.bdf(), || Ok(gpu.device()))).collect();
+        let outcome = run(openers, Mode::On, &observer);
+        let codes: Vec<_> = outcome.errors().map(Error::code).collect();
+        assert_eq!(codes, ["Interrupted"]);
+    }
+
+    #[test]
+    fn a_mode_that_no_device_has_touches_none() {
+        let tree = crate::fake::Tree::new();
+        let functions = ["0000:41:00.0", "0000:61:00.0"].map(|bdf| tree.function(bdf, Some("vfio-pci"), Some(12)));
+        let ownership = Ownership::take(&functions, &tree.places).unwrap();
+        let outcome = Transaction::new(&ownership).run(Mode::Ppcie, &|_: &Progress| {});
+        let codes: Vec<_> = outcome.errors().map(Error::code).collect();
+        assert_eq!(codes, ["Unsupported", "Unsupported"]);
+    }
+}
