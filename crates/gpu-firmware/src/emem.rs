@@ -133,6 +133,7 @@ impl Emem {
             return Err(Fault::FspBusy { head: queue.0, tail: queue.1 });
         }
         let Registers { base, control, data, queue_head, queue_tail, .. } = self.registers;
+        debug_assert!(request.len() * 4 <= WINDOW as usize, "a request is of one packet");
         bar0.write32(control, base | AUTO_INCREMENT)?;
         let mut last = base;
         for (offset, dword) in (0..WINDOW).step_by(4).zip(request) {

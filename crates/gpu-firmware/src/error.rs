@@ -579,10 +579,17 @@ mod tests {
     }
 
     #[test]
-    fn codes_in_data_are_the_codes_in_text() {
-        for fault in [Fault::NoBar0, Fault::KnobUnsupported { knob: Knob::PPCIE }] {
-            assert!(format!("{fault:?}").starts_with(fault.code()));
-        }
+    fn as_data_an_error_has_its_device_code_and_facts() {
+        let bdf = "0000:41:00.0".parse().unwrap();
+        let json = |fault: Fault| serde_json::to_value(Error::new(bdf, fault)).unwrap();
+        assert_eq!(json(Fault::NoBar0), serde_json::json!({ "bdf": "0000:41:00.0", "code": Fault::NoBar0.code() }));
+        let fault = Fault::FspError { error: 0x202, knob: Knob::CCM, dwords: vec![1, 2] };
+        let code = fault.code();
+        let expected =
+            serde_json::json!({ "bdf": "0000:41:00.0", "code": code, "error": 0x202, "knob": 8, "dwords": [1, 2] });
+        assert_eq!(json(fault), expected);
+        let want = Mode::On;
+        assert_eq!(json(Fault::InvalidDevtoolsOnly { want })["want"], "on");
     }
 
     #[test]

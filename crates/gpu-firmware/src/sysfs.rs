@@ -1,7 +1,8 @@
 //! The `sysfs` back end: BAR0 through `resource0`, one reset through the kernel's `reset` file.
 //!
 //! Power is pinned on and memory decoding enabled while it lives, and both are put back when it goes. It must live
-//! under ownership of the device, which it keeps alive.
+//! under ownership of the device, which it keeps alive. A process that is killed puts nothing back: the device stays awake
+//! and decoding, which harms nobody, until its driver or the next user says otherwise.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};

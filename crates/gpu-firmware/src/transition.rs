@@ -8,7 +8,6 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use hw_probe::Bdf;
-use serde::Serialize;
 
 use crate::chip::Support;
 use crate::device::{Device, Observed, Staged};
@@ -18,20 +17,18 @@ use crate::mode::{Effective, Mode};
 use crate::ownership::{OwnedDevice, Ownership};
 
 /// Something that happened to a device on its way.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Progress {
     /// The device.
     pub bdf: Bdf,
     /// When.
     pub at: SystemTime,
     /// What.
-    #[serde(flatten)]
     pub what: Milestone,
 }
 
 /// The steps of a device's way.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "step")]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Milestone {
     /// It is being looked at.
     Begun,
@@ -93,7 +90,7 @@ impl<F: Fn(&Progress) + Sync> Observer for F {
 }
 
 /// A device that has reached the target.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DeviceDone {
     /// The mode it booted with: the target.
     pub effective: Effective,
