@@ -110,10 +110,10 @@ impl Args {
         logs::init(&log)?;
         let shutdown = Shutdown::on_signals().context("Signals cannot be handled")?;
         let readiness = readiness::Registry::default();
-        if let Some(addr) = health.addr()? {
-            let server = http::bind(addr, readiness.clone(), metrics::Metrics::new()).await?;
-            tokio::spawn(server.serve(shutdown.clone()));
-        }
+        let endpoint = match health.addr()? {
+            Some(addr) => Some(http::bind(addr, readiness.clone(), metrics::Metrics::new()).await?),
+            None => None,
+        };
         tracing::info!(
             event = "started", version = env!("CARGO_PKG_VERSION"), node = node_name, gpus = ?gpu_alias,
             nvswitches = ?nvswitch_alias, ids = ?device_id_scheme, backend = ?vfio_backend, cc_gate = ?cc_gate,
@@ -138,7 +138,14 @@ impl Args {
             plugin_dir: kubelet_plugin_dir,
             poll: poll_interval,
         };
-        controller::run(config, shutdown, readiness).await?;
+        let served = async {
+            if let Some(endpoint) = endpoint {
+                endpoint.serve(shutdown.clone()).await;
+            }
+        };
+        // The controller triggers the shutdown when it ends, so that both end.
+        let (ended, ()) = tokio::join!(controller::run(config, shutdown.clone(), readiness), served);
+        ended?;
         tracing::info!(event = "stopped", "Device plugin ended");
         Ok(())
     }

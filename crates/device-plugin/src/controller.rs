@@ -165,7 +165,9 @@ impl Controller {
         self.write_cdi(&mut now);
         for unit in &now {
             let before = self.units.iter().find(|before| before.id == unit.id && before.bdf == unit.bdf);
-            if before.is_none_or(|before| before.fault != unit.fault) {
+            // By cause and not by words: the steps of a mode change are one piece of news.
+            let cause = |unit: &Unit| unit.fault.as_ref().map(Fault::code);
+            if before.is_none_or(|before| cause(before) != cause(unit)) {
                 tell(unit);
             }
         }

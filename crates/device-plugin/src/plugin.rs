@@ -306,6 +306,7 @@ impl Plugin {
                     resource = %self.resource, path = %path.display(),
                     "Another process has taken over the socket of this resource; standing back while it serves"
                 );
+                self.ready.not_ready();
                 while let Ok(Ok(_)) = timeout(CONNECT, tokio::net::UnixStream::connect(path)).await {
                     tokio::select! {
                         () = self.shutdown.wait() => return Some(End::Shutdown),

@@ -79,10 +79,17 @@ impl DevicePlugin for Service {
             // A sender that is gone means the same as the word to stop.
             let _ = stop.wait_for(|stop| *stop).await;
         };
+        let mut sent: Option<ListAndWatchResponse> = None;
         let stream = WatchStream::new(self.units.clone())
-            .map(move |units| {
+            .filter_map(move |units| {
                 let _held = &counted;
-                Ok(list(&units))
+                let list = list(&units);
+                // The kubelet does not hear reasons: a list that differs in nothing else is no news.
+                let news = (sent.as_ref() != Some(&list)).then(|| {
+                    sent = Some(list.clone());
+                    Ok(list)
+                });
+                std::future::ready(news)
             })
             .take_until(Box::pin(stopped));
         Ok(Response::new(Box::pin(stream)))

@@ -334,7 +334,7 @@ async fn a_kubelet_that_comes_late_refuses_restarts_or_loses_us_is_told_again() 
 
     let mut kubelet = Running::start(&node.plugins());
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
-    for round in 0..5 {
+    for round in 0..20 {
         // Now with the old one ended in order, now with both at once as after a crash.
         let old = std::mem::replace(&mut kubelet, Running::start(&node.plugins()));
         if round % 2 == 0 {
