@@ -1,5 +1,7 @@
 //! Whole-kubelet tests with a toy plugin.
 
+mod with_api_server;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -139,8 +141,12 @@ impl Lab {
     }
 
     async fn with(adjust: impl FnOnce(&mut Config)) -> Self {
+        Self::with_client(None, adjust).await
+    }
+
+    async fn with_client(client: Option<kube::Client>, adjust: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir_in("/tmp").unwrap();
-        let kubelet = start(folder.path(), adjust).await;
+        let kubelet = start(folder.path(), client, adjust).await;
         Self { folder, kubelet }
     }
 
@@ -216,11 +222,11 @@ impl Lab {
     }
 }
 
-async fn start(folder: &Path, adjust: impl FnOnce(&mut Config)) -> Arc<Kubelet> {
+async fn start(folder: &Path, client: Option<kube::Client>, adjust: impl FnOnce(&mut Config)) -> Arc<Kubelet> {
     let mut config = Config::new("node", folder.join("dp"), folder.join("pr/s"));
     config.dial_deadline = Duration::from_millis(300);
     adjust(&mut config);
-    Kubelet::start(config, None).await.unwrap()
+    Kubelet::start(config, client).await.unwrap()
 }
 
 fn pod(name: &str, count: usize) -> Pod {
@@ -438,7 +444,7 @@ async fn the_checkpoint_outlives_the_process() {
     assert_eq!(checkpoint.resources, [R]);
     assert_eq!(checkpoint.pods.keys().collect::<Vec<_>>(), ["uid-a"]);
     // Another process, with nobody to tell it of the pod: the resource is known, its devices are not.
-    let kubelet = start(lab.folder.path(), |_| {}).await;
+    let kubelet = start(lab.folder.path(), None, |_| {}).await;
     assert_eq!(kubelet.dump()["resources"][R]["capacity"], 0);
     let damaged = fs::read_to_string(lab.plugin_dir().join("kubelet_internal_checkpoint")).unwrap().replace('0', "1");
     kubelet.stop().await.unwrap();
