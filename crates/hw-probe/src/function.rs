@@ -97,6 +97,7 @@ pub enum DeviceKind {
     /// NVIDIA, class 0x030000 (VGA) or 0x030200 (3D).
     Gpu,
     /// NVIDIA, class 0x068000 (other bridge).
+    #[serde(rename = "nvswitch")]
     NvSwitch,
     /// NVIDIA, any other class: audio and USB functions of boards, bridges.
     NvidiaOther,

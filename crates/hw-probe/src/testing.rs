@@ -228,8 +228,8 @@ impl FakeSysfs {
 
     // ---- functions
 
-    /// An NVIDIA GPU directly under a host bridge: class 0x030200, revision 0xa1, BARs and configuration space like those
-    /// of a real H200, reset methods `flr bus`, awake, link up, no driver, no group, no NUMA node.
+    /// An NVIDIA GPU directly under a host bridge: class 0x030200, revision 0xa1, configuration space of a real H200 with
+    /// these ids, its three BARs (BAR2 of 16 GiB only), reset methods `flr bus`, awake, link up, no driver, no group, no NUMA node.
     pub fn gpu(&self, at: impl AsBdf, device: u16) -> FakeFunction<'_> {
         self.make_gpu(None, bdf(at), device)
     }
@@ -279,9 +279,9 @@ impl FakeSysfs {
         let function = self.make(parent, bdf, NVIDIA, device, 0x03_0200).config(&h200_config()).revision(0xa1);
         function
             .bars(&[
-                (0, base + 0x2000_0000, 16 << 20, 0x14_220c),
-                (2, base + 0x4_0000_0000, 8 << 30, 0x14_220c),
-                (4, base + 0x2200_0000, 32 << 20, 0x14_220c),
+                (0, base + 0x4200_0000, 16 << 20, 0x14_220c),
+                (2, base + (16 << 30), 16 << 30, 0x14_220c),
+                (4, base + 0x4000_0000, 32 << 20, 0x14_220c),
             ])
             .ids(NVIDIA, device)
             .class(0x03_0200)
@@ -343,6 +343,40 @@ impl FakeSysfs {
             fs::create_dir_all(parent).expect("A directory of the fake tree can be made");
         }
         symlink(format!("{up}{}", down.join("/")), &path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+
+    /// Fills the tree with a node of the shape of an HGX H100: 8 H100 SXM GPUs bound to vfio-pci (`vfio0` to `vfio7`) and 4
+    /// NVSwitches without driver, two GPUs or four switches behind each PCIe switch, on 2 NUMA nodes, every function in an
+    /// IOMMU group of its own, on a host with SEV-SNP. Ids are real, addresses and group numbers plausible.
+    pub fn hgx_h100(&self) -> &Self {
+        // First bus, NUMA node, and whether it is the switch with the NVSwitches.
+        const SWITCHES: [(u8, u32, bool); 5] =
+            [(0x02, 0, true), (0x15, 0, false), (0x3f, 0, false), (0x97, 1, false), (0xbf, 1, false)];
+        self.tee(Tee::SevSnp).load_driver("vfio-pci");
+        let mut groups = 0..;
+        let mut place = |function: FakeFunction<'_>, numa: u32| {
+            function.numa(numa).group(groups.next().expect("Groups do not run out"));
+            function.bdf
+        };
+        for (bus, numa, has_nvswitches) in SWITCHES {
+            let at = |bus: u8, device: u8| Bdf { domain: 0, bus, device, function: 0 };
+            let root_port = self.function(at(bus, 1), 0x1022, 0x14ab, 0x06_0400);
+            let root_port = place(root_port.driver("pcieport"), numa);
+            let port =
+                |parent: Bdf, at: Bdf| self.below(parent).function(at, 0x1000, 0xc030, 0x06_0400).driver("pcieport");
+            let upstream = place(port(root_port, at(bus + 1, 0)), numa);
+            for index in 0..if has_nvswitches { 4 } else { 2 } {
+                let below = self.below(place(port(upstream, at(bus + 2, index)), numa));
+                let at = at(bus + 3 + index, 0);
+                if has_nvswitches {
+                    place(below.nvswitch(at), numa);
+                } else {
+                    place(below.gpu(at, 0x2330).driver_override("vfio-pci"), numa);
+                    self.drivers_probe(at);
+                }
+            }
+        }
+        self
     }
 
     // ---- what the kernel does
