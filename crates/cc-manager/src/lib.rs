@@ -1,1 +1,127 @@
 //! Agent: the node's label becomes the confidential-computing mode of its GPUs.
+//!
+//! It watches `nvidia.com/cc.mode` of its own node, compares it with what it has verified of each GPU in this boot, and
+//! closes the difference: withdraw (`cc.ready.state=""`), own every device, change all in parallel, verify, publish. It
+//! does so at start, on every change of the label, after failures with growing delays, and on a slow poll.
+//!
+//! `plan` decides and does no I/O; `executor` drives the GPUs; `controller` is the loop between them and the node object.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod controller;
+mod executor;
+mod metrics;
+mod plan;
+mod publish;
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_core::metrics::Metrics;
+use agent_core::readiness;
+use agent_core::shutdown::Shutdown;
+use anyhow::{Context, bail};
+use hw_probe::{Inventory, SysRoot};
+use node_object::NodeClient;
+
+pub use args::Args;
+pub use controller::{Controller, Settings};
+pub use executor::{DeviceFault, DeviceResult, Firmware, GpuFirmware, Verified};
+
+/// Runs the agent until SIGTERM or SIGINT. Fails only where going on makes no sense: unusable flags, no way to reach any
+/// API server.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    agent_core::logs::init(&args.log)?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("Cannot start the async runtime")?;
+    let result = runtime.block_on(serve(args));
+    // Firmware work that outlasted the grace must not hold up the end: what the devices say is the journal.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(args: Args) -> anyhow::Result<()> {
+    let Args {
+        default_cc_mode,
+        node_name,
+        kubeconfig,
+        readiness_file,
+        operator_namespace,
+        evict_operator_components,
+        state_dir,
+        resync,
+        retry_min,
+        retry_max,
+        grace,
+        health,
+        log: _,
+    } = args;
+    let Some(node_name) = node_name.map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()) else {
+        bail!("--node-name (NODE_NAME) is missing: it must name the node that this agent runs on");
+    };
+    tracing::info!(
+        event = "started",
+        version = env!("CARGO_PKG_VERSION"),
+        node = node_name,
+        default_cc_mode,
+        "cc-manager started"
+    );
+    tracing::debug!(
+        operator_namespace,
+        evict_operator_components,
+        "Operator components are not paused during a change in this version; the device plugin is withdrawn by devices.json"
+    );
+
+    let shutdown = Shutdown::on_signals().context("Cannot listen for signals")?;
+    let readiness = readiness::Registry::default();
+    let metrics = Metrics::new();
+    let server = match health.addr()? {
+        Some(addr) => Some(agent_core::http::bind(addr, readiness.clone(), metrics.clone()).await?),
+        None => None,
+    };
+    let client = tokio::select! {
+        client = node_object::connect(args::single(kubeconfig.as_deref())) => client?,
+        () = shutdown.wait() => return Ok(()),
+    };
+    let node = NodeClient::new(client, node_name, "ccnode-cc-manager");
+    let settings = Settings { default_mode: default_cc_mode, readiness_file, state_dir, resync, retry_min, retry_max, grace };
+    let scan = || Inventory::scan(&SysRoot::host());
+    let controller =
+        Controller::new(settings, node.clone(), Arc::new(GpuFirmware::host()), scan, &readiness, &metrics);
+
+    // One task drives everything but the firmware, which has threads of its own: nothing can fail unseen.
+    let health = async {
+        match server {
+            Some(server) => server.serve(shutdown.clone()).await,
+            None => shutdown.wait().await,
+        }
+        // Shutdown ends the controller, and that ends the agent.
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        never = node.watch() => match never {},
+        () = health => {}
+        () = controller.run(shutdown.clone()) => {}
+    }
+    tracing::info!(event = "stopped", "cc-manager ended");
+    Ok(())
+}
+
+/// Where the readiness file and the exchanged files are by default.
+fn default_readiness_file() -> PathBuf {
+    PathBuf::from("/run/nvidia/validations/.cc-manager-ctr-ready")
+}
+
+/// Waits for `work` for as long as nobody asks for the end, and then at most `grace` longer.
+async fn within_grace<T>(work: impl Future<Output = T>, shutdown: &Shutdown, grace: Duration) -> Option<T> {
+    tokio::select! {
+        result = work => Some(result),
+        () = async {
+            shutdown.wait().await;
+            tokio::time::sleep(grace).await;
+        } => None,
+    }
+}

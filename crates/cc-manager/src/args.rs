@@ -1,0 +1,131 @@
+//! The command line (operator-contract section 5.3, and what is ours).
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use agent_core::health::HealthArgs;
+use agent_core::logs::LogArgs;
+use agent_core::state::STATE_DIR;
+use agent_core::text::duration;
+
+/// Puts all GPUs of this node into the confidential-computing mode that the node's label nvidia.com/cc.mode asks for.
+#[derive(clap::Parser, Clone, Debug)]
+#[command(name = "cc-manager", version, about, max_term_width = 120)]
+pub struct Args {
+    /// Mode when the node has no label nvidia.com/cc.mode: on, off, devtools or ppcie; empty does nothing then. On a
+    /// host without TEE (SEV-SNP, TDX) it counts as off
+    #[arg(short = 'm', long, env = "DEFAULT_CC_MODE", value_name = "MODE", default_value = "on")]
+    pub default_cc_mode: String,
+
+    /// Name of the node that this agent runs on (required)
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<String>,
+
+    /// Kubeconfig file, for runs outside a pod; a pod's service account comes first
+    #[arg(long, env = "KUBECONFIG", value_name = "PATH")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// File that is created after the first attempt to apply a mode, even a failed one; empty creates none
+    #[arg(long, env = "CC_READINESS_FILE", value_name = "PATH", default_value_os_t = crate::default_readiness_file())]
+    pub readiness_file: PathBuf,
+
+    /// Namespace of the operator's components (accepted for compatibility; this version pauses none)
+    #[arg(long, env = "OPERATOR_NAMESPACE", value_name = "NAME", default_value = "gpu-operator")]
+    pub operator_namespace: String,
+
+    /// Whether to pause the operator's components during a change (accepted for compatibility; this version pauses none)
+    #[arg(long, env = "EVICT_OPERATOR_COMPONENTS", value_name = "true|false", default_value = "true")]
+    pub evict_operator_components: String,
+
+    /// Directory of devices.json, which tells the other agents what has been verified
+    #[arg(long, env = "CCNODE_STATE_DIR", value_name = "PATH", default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
+
+    /// How often to look at the node and its devices when nothing has happened
+    #[arg(long, env = "CCNODE_RESYNC", value_name = "TIME", default_value = "5m", value_parser = duration)]
+    pub resync: Duration,
+
+    /// First delay before a failed change is tried again; it doubles each time
+    #[arg(long, env = "CCNODE_RETRY_MIN", value_name = "TIME", default_value = "5s", value_parser = duration)]
+    pub retry_min: Duration,
+
+    /// Longest delay before a failed change is tried again
+    #[arg(long, env = "CCNODE_RETRY_MAX", value_name = "TIME", default_value = "5m", value_parser = duration)]
+    pub retry_max: Duration,
+
+    /// How long a change that is under way may go on after SIGTERM
+    #[arg(long, env = "CCNODE_GRACE", value_name = "TIME", default_value = "25s", value_parser = duration)]
+    pub grace: Duration,
+
+    /// Health and metrics.
+    #[command(flatten)]
+    pub health: HealthArgs,
+
+    /// Logs.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// The kubeconfig as one file; none where it is empty, or a list of files as `KUBECONFIG` may be: the client library
+/// reads and merges those by itself.
+pub(crate) fn single(kubeconfig: Option<&Path>) -> Option<&Path> {
+    kubeconfig.filter(|path| !path.as_os_str().is_empty() && !path.to_string_lossy().contains(':'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{CommandFactory, Parser};
+
+    #[test]
+    fn the_references_command_line_is_accepted() {
+        let args = Args::try_parse_from([
+            "cc-manager",
+            "-m",
+            "devtools",
+            "--node-name",
+            "n1",
+            "--kubeconfig",
+            "/k",
+            "--debug",
+        ])
+        .unwrap();
+        assert_eq!((args.default_cc_mode.as_str(), args.node_name.as_deref()), ("devtools", Some("n1")));
+        assert_eq!(single(args.kubeconfig.as_deref()), Some(Path::new("/k")));
+        assert!(args.log.debug);
+        let args = Args::try_parse_from(["cc-manager", "--default-cc-mode=off"]).unwrap();
+        assert_eq!(args.readiness_file, Path::new("/run/nvidia/validations/.cc-manager-ctr-ready"));
+        assert_eq!(args.operator_namespace, "gpu-operator");
+    }
+
+    #[test]
+    fn every_flag_has_a_variable() {
+        let command = Args::command();
+        command.clone().debug_assert();
+        for argument in command.get_arguments() {
+            let name = argument.get_id().as_str();
+            assert!(argument.get_env().is_some() || ["help", "version"].contains(&name), "{name} has none");
+        }
+        let variable = |flag: &str| {
+            let argument = command.get_arguments().find(|argument| argument.get_long() == Some(flag)).unwrap();
+            argument.get_env().unwrap().to_str().unwrap().to_owned()
+        };
+        for (flag, name) in [
+            ("default-cc-mode", "DEFAULT_CC_MODE"),
+            ("node-name", "NODE_NAME"),
+            ("kubeconfig", "KUBECONFIG"),
+            ("operator-namespace", "OPERATOR_NAMESPACE"),
+            ("evict-operator-components", "EVICT_OPERATOR_COMPONENTS"),
+            ("readiness-file", "CC_READINESS_FILE"),
+        ] {
+            assert_eq!(variable(flag), name);
+        }
+    }
+
+    #[test]
+    fn a_list_of_kubeconfigs_is_left_to_the_library() {
+        for (text, file) in [("", None), ("/a:/b", None), ("/a", Some("/a"))] {
+            assert_eq!(single(Some(Path::new(text))), file.map(Path::new));
+        }
+    }
+}

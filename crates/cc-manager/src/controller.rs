@@ -1,0 +1,544 @@
+//! The loop: watch the node, plan, act, publish.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_core::backoff::Backoff;
+use agent_core::hostfile::HostDir;
+use agent_core::metrics::Metrics;
+use agent_core::readiness;
+use agent_core::shutdown::Shutdown;
+use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Origin, Transition};
+use agent_core::text::chain;
+use gpu_firmware::Mode;
+use hw_probe::{Inventory, PciFunction, Problem, Tee};
+use node_object::{Change, NodeClient, NodeError, NodeState, NodeView, labels};
+use tokio::time::Instant;
+
+use crate::executor::{self, DeviceFault, DeviceResult, Firmware};
+use crate::metrics::Counters;
+use crate::plan::{self, Action, Source, Wanted};
+use crate::publish::{Facts, Publication, Verdict};
+
+/// What the command line decides.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Mode without a label; empty does nothing then.
+    pub default_mode: String,
+    /// Created after the first attempt; empty creates none.
+    pub readiness_file: PathBuf,
+    /// Directory of `devices.json`.
+    pub state_dir: PathBuf,
+    /// Time between looks at the devices when nothing happens.
+    pub resync: Duration,
+    /// First delay after a failure.
+    pub retry_min: Duration,
+    /// Longest delay after a failure.
+    pub retry_max: Duration,
+    /// How long a change may go on after the end was asked for.
+    pub grace: Duration,
+}
+
+/// The agent's loop, over a firmware that tests can replace.
+pub struct Controller<F> {
+    settings: Settings,
+    node: NodeClient,
+    firmware: Arc<F>,
+    scan: Arc<dyn Fn() -> Inventory + Send + Sync>,
+    counters: Counters,
+    node_seen: readiness::Guard,
+    first_attempt: readiness::Guard,
+    memory: Memory,
+}
+
+/// What this process remembers between two rounds; all of it can be lost at any time.
+struct Memory {
+    /// The label's value of the last round; none before the first.
+    label: Option<String>,
+    /// What stands, or is to stand, on the node object.
+    publication: Option<Publication>,
+    /// The last `devices.json`, should the file be lost.
+    known: Option<DevicesFile>,
+    /// Whether the readiness file has been made.
+    attempted: bool,
+    /// When to look again.
+    next_round: Instant,
+    /// When to try the publication again; none when it stands.
+    next_publish: Option<Instant>,
+    retry: Backoff,
+    api_retry: Backoff,
+    /// What was last said of the scan and of the plan, so that it is said once.
+    problems: Vec<Problem>,
+    said: Option<String>,
+}
+
+/// How a round ended.
+enum Round {
+    /// Nothing to do until something happens.
+    Rest,
+    /// To be tried again after a growing delay.
+    Retry,
+    /// The API server did not take what must be there before hardware is touched.
+    ApiFailed(NodeError),
+    /// The end was asked for.
+    Ended,
+}
+
+impl<F: Firmware> Controller<F> {
+    /// A controller that has done nothing yet.
+    pub fn new(
+        settings: Settings,
+        node: NodeClient,
+        firmware: Arc<F>,
+        scan: impl Fn() -> Inventory + Send + Sync + 'static,
+        readiness: &readiness::Registry,
+        metrics: &Metrics,
+    ) -> Self {
+        let memory = Memory {
+            label: None,
+            publication: None,
+            known: None,
+            attempted: false,
+            next_round: Instant::now(),
+            next_publish: None,
+            retry: Backoff::new(settings.retry_min, settings.retry_max),
+            api_retry: Backoff::new(Duration::from_millis(500).min(settings.retry_min), Duration::from_secs(30)),
+            problems: Vec::new(),
+            said: None,
+        };
+        Self {
+            node_seen: readiness.register("node-watch"),
+            first_attempt: readiness.register("first-attempt"),
+            counters: Counters::register(metrics),
+            settings,
+            node,
+            firmware,
+            scan: Arc::new(scan),
+            memory,
+        }
+    }
+
+    /// Works until shutdown. A change that is under way then is given the grace.
+    pub async fn run(mut self, shutdown: Shutdown) {
+        let mut view = self.node.subscribe();
+        loop {
+            let current = view.borrow_and_update().clone();
+            match current {
+                NodeView::Present(node) => {
+                    self.node_seen.ready();
+                    let grace = self.settings.grace;
+                    if crate::within_grace(self.step(&node, &shutdown), &shutdown, grace).await.is_none() {
+                        tracing::warn!(
+                            event = "interrupted",
+                            "Change is not finished within the grace; the next start will finish it"
+                        );
+                        return;
+                    }
+                }
+                NodeView::Unknown => {}
+                NodeView::Absent => self.node_seen.not_ready(),
+            }
+            let wake = self.memory.next_publish.map_or(self.memory.next_round, |at| at.min(self.memory.next_round));
+            let present = view.borrow().node().is_some();
+            tokio::select! {
+                () = shutdown.wait() => return,
+                // The sender lives in `self.node`, so this is always a change.
+                _ = view.changed() => {}
+                () = tokio::time::sleep_until(wake), if present => {}
+            }
+        }
+    }
+
+    /// One turn of the loop: a round if it is due, and the publication if it does not stand.
+    async fn step(&mut self, node: &NodeState, shutdown: &Shutdown) {
+        let label = node.label(labels::CC_MODE).unwrap_or_default();
+        let relabelled = self.memory.label.as_deref() != Some(label);
+        if relabelled {
+            tracing::info!(event = "label_seen", label = labels::CC_MODE, value = label, "Wanted mode seen");
+            self.memory.label = Some(label.to_owned());
+            self.memory.retry.reset();
+            self.memory.said = None;
+        }
+        if relabelled || Instant::now() >= self.memory.next_round {
+            let round = self.round(node, shutdown).await;
+            let delay = match round {
+                Round::Ended => return,
+                Round::Rest => {
+                    self.memory.retry.reset();
+                    self.settings.resync
+                }
+                Round::Retry => {
+                    let delay = self.memory.retry.next_delay();
+                    tracing::info!(event = "retry", retry_in_ms = millis(delay), "Will try again");
+                    delay
+                }
+                Round::ApiFailed(ref error) => self.api_delay(error, "Node object cannot be changed, nothing is touched"),
+            };
+            self.memory.next_round = Instant::now() + delay;
+            if !matches!(round, Round::ApiFailed(_)) {
+                self.attempted();
+            }
+        }
+        self.publish().await;
+    }
+
+    /// Brings the node object to what the last round found; retried by time and by every change of the node.
+    async fn publish(&mut self) {
+        let Some(publication) = &self.memory.publication else { return };
+        match self.node.merge(&publication.change()).await {
+            Ok(written) => {
+                self.memory.next_publish = None;
+                self.memory.api_retry.reset();
+                if written.is_some() {
+                    let state = publication.verdict.mode_state().unwrap_or("(unchanged)");
+                    let ready = publication.verdict.ready_state();
+                    tracing::info!(event = "published", step = "publish", state, ready, "Node object is up to date");
+                }
+            }
+            Err(error) => {
+                let delay = self.api_delay(&error, "Result cannot be published yet");
+                self.memory.next_publish = Some(Instant::now() + delay);
+            }
+        }
+    }
+
+    fn api_delay(&mut self, error: &NodeError, what: &str) -> Duration {
+        self.counters.patch_failed();
+        let delay = self.memory.api_retry.next_delay().max(error.retry_after().unwrap_or_default());
+        tracing::warn!(code = error.code(), retry_in_ms = millis(delay), "{what}: {}", error.line());
+        delay
+    }
+
+    /// The readiness file follows the first attempt, even a failed one (operator-contract section 5.4).
+    fn attempted(&mut self) {
+        if self.memory.attempted {
+            return;
+        }
+        self.memory.attempted = true;
+        self.first_attempt.ready();
+        let path = &self.settings.readiness_file;
+        if path.as_os_str().is_empty() {
+            return;
+        }
+        match executor::create_readiness_file(path) {
+            Ok(()) => tracing::info!(event = "readiness_file", path = %path.display(), "Readiness file is there"),
+            Err(error) => {
+                tracing::error!(code = "ReadinessFile", path = %path.display(), "Readiness file cannot be made: {error:#}");
+            }
+        }
+    }
+
+    /// Observe, plan, act.
+    async fn round(&mut self, node: &NodeState, shutdown: &Shutdown) -> Round {
+        let scan = Arc::clone(&self.scan);
+        let inventory = match tokio::task::spawn_blocking(move || scan()).await {
+            Ok(inventory) => inventory,
+            Err(error) => {
+                tracing::error!(code = "Interrupted", "Scan of the devices ended without a result: {error}");
+                return Round::Retry;
+            }
+        };
+        self.tell_problems(&inventory);
+        let boot_id = inventory.host.boot_id.clone().unwrap_or_default();
+        let state = StateDir { path: self.settings.state_dir.clone(), boot_id, node_uid: node.uid.clone() };
+        let known = state.load(self.memory.known.take());
+        self.memory.known.clone_from(&known);
+
+        // The first act in a new boot: whatever the labels say, they say it of another boot.
+        let has_gpus = inventory.gpus().next().is_some();
+        let ready = node.label(labels::CC_READY_STATE);
+        if known.is_none() && (has_gpus || ready.is_some_and(|ready| !ready.is_empty())) {
+            match self.withdraw(shutdown).await {
+                Ok(()) => {}
+                Err(round) => return round,
+            }
+        }
+
+        let wanted = plan::wanted(self.memory.label.as_deref(), &self.settings.default_mode, inventory.host.tee);
+        let (mode, source) = match wanted {
+            Wanted::Mode(mode, source) => (mode, source),
+            Wanted::Nothing => {
+                self.say(tracing::Level::INFO, "Neither label nor default asks for a mode: nothing to do");
+                return Round::Rest;
+            }
+            Wanted::Unknown(text, source) => {
+                let error = plan::unknown_mode(&text, source);
+                self.fail(&state, &inventory, &text, &error, &[]);
+                return Round::Rest;
+            }
+        };
+        if source == Source::Label && mode != Mode::Off && inventory.host.tee == Tee::None {
+            self.say(
+                tracing::Level::WARN,
+                "This host has no TEE (SEV-SNP, TDX): the label is obeyed, but no confidential VM can start here",
+            );
+        }
+
+        match plan::plan(&inventory, mode, known.as_ref()) {
+            Action::NoGpus => {
+                self.say(tracing::Level::INFO, "This node has no NVIDIA GPU: nothing to do");
+                Round::Rest
+            }
+            Action::Blind(error) => {
+                self.fail(&state, &inventory, mode.as_str(), &error, &[]);
+                Round::Retry
+            }
+            Action::Impossible(faults) => {
+                let error = ErrorRecord {
+                    code: "Unsupported".to_owned(),
+                    message: format!("Mode {mode} is not possible on this node, nothing is changed: {}", lines(&faults)),
+                };
+                let mut records = plan::records(&inventory, mode, known.as_ref(), &[]);
+                plan::apply_faults(&mut records, &faults);
+                self.fail(&state, &inventory, mode.as_str(), &error, &records);
+                Round::Rest
+            }
+            Action::Settled => {
+                let records = plan::settled_records(&inventory, mode, known.as_ref());
+                if known.as_ref().is_none_or(|known| known.transition.is_some() || known.devices != records) {
+                    self.store(&state, None, records.clone());
+                }
+                self.say(tracing::Level::INFO, &format!("Every device is verified in mode {mode} ({source})"));
+                self.conclude(Verdict::Applied(mode), &state, mode.as_str(), None, &records);
+                Round::Rest
+            }
+            Action::Change { devices, whole } => {
+                let change = Attempt { mode, source, devices, whole };
+                self.change(change, &state, &inventory, known.as_ref(), shutdown).await
+            }
+        }
+    }
+
+    /// One attempt to bring devices to a mode.
+    async fn change(
+        &mut self,
+        Attempt { mode, source, devices, whole }: Attempt,
+        state: &StateDir,
+        inventory: &Inventory,
+        known: Option<&DevicesFile>,
+        shutdown: &Shutdown,
+    ) -> Round {
+        if state.boot_id.is_empty() {
+            let message = "The kernel's boot id cannot be read, so nothing verified could be told from an earlier boot's";
+            let error = ErrorRecord { code: "NoBootId".to_owned(), message: message.to_owned() };
+            self.fail(state, inventory, mode.as_str(), &error, &[]);
+            return Round::Retry;
+        }
+        if let Err(round) = self.withdraw(shutdown).await {
+            return round;
+        }
+        let mut records = plan::records(inventory, mode, known, &devices);
+        // What an earlier attempt left over is changed without taking the devices that are right from their users.
+        let transition = whole.then(|| Transition {
+            target: mode.to_string(),
+            step: "changing".to_owned(),
+            started_at: jiff::Timestamp::now(),
+        });
+        if !self.store(state, transition, records.clone()) {
+            let message = format!("{} cannot be written, so no device is touched", state.path.display());
+            let error = ErrorRecord { code: "StateFile".to_owned(), message };
+            self.conclude(Verdict::NotBegun, state, mode.as_str(), Some(&error), &records);
+            return Round::Retry;
+        }
+        if shutdown.is_requested() {
+            return Round::Ended;
+        }
+
+        tracing::info!(
+            event = "transition_started",
+            step = "begin",
+            mode = %mode,
+            source = %source,
+            devices = devices.len(),
+            "Change of mode begins"
+        );
+        let begun = Instant::now();
+        let outcome = executor::apply(&self.firmware, devices, mode).await;
+        let took_ms = millis(begun.elapsed());
+
+        let (verdict, error) = match outcome {
+            Ok(results) => {
+                plan::apply_results(&mut records, &results);
+                let faults: Vec<&DeviceFault> = results.iter().filter_map(|result| result.result.as_ref().err()).collect();
+                tell_results(&results);
+                match first_error(&faults, "were not brought to", mode) {
+                    None => (Verdict::Applied(mode), None),
+                    error => (Verdict::Failed, error),
+                }
+            }
+            Err(faults) => {
+                plan::apply_faults(&mut records, &faults);
+                let busy = faults.iter().all(|fault| fault.busy);
+                for DeviceFault { bdf, error, .. } in &faults {
+                    tell_fault(*bdf, "own", error);
+                }
+                let error = first_error(&faults.iter().collect::<Vec<_>>(), "cannot be owned, so none is changed to", mode);
+                (if busy { Verdict::NotBegun } else { Verdict::Failed }, error)
+            }
+        };
+        self.store(state, None, records.clone());
+        let result = match verdict {
+            Verdict::Applied(_) => "applied",
+            Verdict::Failed => "failed",
+            Verdict::NotBegun => "busy",
+        };
+        self.counters.transition(mode, result);
+        tracing::info!(event = "transition_ended", step = "end", mode = %mode, result, took_ms, "Change of mode has ended");
+        let round = if matches!(verdict, Verdict::Applied(_)) { Round::Rest } else { Round::Retry };
+        self.conclude(verdict, state, mode.as_str(), error.as_ref(), &records);
+        round
+    }
+
+    /// Makes sure that the node's gate is shut before anything is done.
+    async fn withdraw(&mut self, shutdown: &Shutdown) -> Result<(), Round> {
+        let shut = Change::new().label(labels::CC_READY_STATE, "");
+        let merged = tokio::select! {
+            merged = self.node.merge(&shut) => merged,
+            () = shutdown.wait() => return Err(Round::Ended),
+        };
+        // Whatever stood there before would open the gate again.
+        self.memory.publication = None;
+        self.memory.next_publish = None;
+        match merged {
+            Ok(written) => {
+                self.memory.api_retry.reset();
+                if written.is_some() {
+                    tracing::info!(event = "withdrawn", step = "withdraw", ready = "", "Node is not ready for GPU pods");
+                }
+                Ok(())
+            }
+            Err(error) => Err(Round::ApiFailed(error)),
+        }
+    }
+
+    /// A failure that touched nothing.
+    fn fail(&mut self, state: &StateDir, inventory: &Inventory, wanted: &str, error: &ErrorRecord, records: &[DeviceRecord]) {
+        if self.memory.said.as_ref() != Some(&error.message) {
+            tracing::error!(event = "refused", code = error.code, "{}", error.message);
+            self.memory.said = Some(error.message.clone());
+        }
+        let known;
+        let records = if records.is_empty() {
+            known = self.memory.known.as_ref().map_or_else(Vec::new, |known| {
+                let present = |record: &&DeviceRecord| inventory.get(record.bdf).is_some();
+                known.devices.iter().filter(present).cloned().collect()
+            });
+            &known
+        } else {
+            records
+        };
+        self.conclude(Verdict::Failed, state, wanted, Some(error), records);
+    }
+
+    /// Decides what is to stand on the node object until the next attempt.
+    fn conclude(
+        &mut self,
+        verdict: Verdict,
+        state: &StateDir,
+        wanted: &str,
+        error: Option<&ErrorRecord>,
+        devices: &[DeviceRecord],
+    ) {
+        let facts = Facts { node_uid: &state.node_uid, boot_id: &state.boot_id, wanted, error, devices };
+        self.memory.publication = Some(Publication::new(verdict, facts));
+    }
+
+    /// Replaces `devices.json`, and says whether that went well.
+    fn store(&mut self, state: &StateDir, transition: Option<Transition>, devices: Vec<DeviceRecord>) -> bool {
+        let origin = Origin::now(state.boot_id.clone(), Some(state.node_uid.clone()));
+        let file = DevicesFile { origin, transition, devices };
+        let stored = HostDir::open(&state.path).map_err(Into::into).and_then(|dir| file.store(&dir));
+        if let Err(error) = &stored {
+            tracing::error!(code = "StateFile", "{}", chain(error));
+        }
+        self.counters.devices(&file);
+        self.memory.known = Some(file);
+        stored.is_ok()
+    }
+
+    /// Logs once what does not change from round to round.
+    fn say(&mut self, level: tracing::Level, text: &str) {
+        if self.memory.said.as_deref() != Some(text) {
+            if level == tracing::Level::WARN {
+                tracing::warn!("{text}");
+            } else {
+                tracing::info!("{text}");
+            }
+            self.memory.said = Some(text.to_owned());
+        }
+    }
+
+    fn tell_problems(&mut self, inventory: &Inventory) {
+        if inventory.problems != self.memory.problems {
+            for Problem { bdf, path, message } in &inventory.problems {
+                let device = bdf.map(|bdf| bdf.to_string()).unwrap_or_default();
+                tracing::warn!(code = "SysfsUnreadable", device, path, "Scan: {path}: {message}");
+            }
+            self.memory.problems.clone_from(&inventory.problems);
+        }
+    }
+}
+
+/// What is to be changed, and why.
+struct Attempt {
+    mode: Mode,
+    source: Source,
+    devices: Vec<PciFunction>,
+    whole: bool,
+}
+
+/// Where `devices.json` is, and what it says of its origin.
+struct StateDir {
+    path: PathBuf,
+    boot_id: String,
+    node_uid: String,
+}
+
+impl StateDir {
+    /// What has been verified in this boot: the file's word, or what we remember of it if it is lost.
+    fn load(&self, memory: Option<DevicesFile>) -> Option<DevicesFile> {
+        let memory = memory.filter(|file| file.origin.boot_id == self.boot_id && !self.boot_id.is_empty());
+        let file = match HostDir::open_existing(&self.path) {
+            Ok(Some(dir)) => DevicesFile::load(&dir, &self.boot_id),
+            Ok(None) => Ok(None),
+            Err(error) => Err(error.into()),
+        };
+        match file {
+            Ok(Some(file)) => Some(file),
+            Ok(None) => memory,
+            Err(error) => {
+                tracing::warn!(code = "StateFile", "What was verified cannot be read: {}", chain(&error));
+                memory
+            }
+        }
+    }
+}
+
+/// One error for the node: the first device's code, and all devices' lines.
+fn first_error(faults: &[&DeviceFault], what: &str, mode: Mode) -> Option<ErrorRecord> {
+    let first = faults.first()?;
+    let lines: Vec<&str> = faults.iter().map(|fault| fault.error.message.as_str()).collect();
+    let message = format!("{} of the devices {what} mode {mode}: {}", faults.len(), lines.join(" | "));
+    Some(ErrorRecord { code: first.error.code.clone(), message })
+}
+
+fn tell_results(results: &[DeviceResult]) {
+    for DeviceResult { bdf, result } in results {
+        if let Err(fault) = result {
+            tell_fault(*bdf, "change", &fault.error);
+        }
+    }
+}
+
+fn tell_fault(bdf: hw_probe::Bdf, step: &'static str, error: &ErrorRecord) {
+    tracing::error!(event = "device_failed", device = %bdf, step, code = error.code, "{}", error.message);
+}
+
+fn lines(faults: &[DeviceFault]) -> String {
+    faults.iter().map(|fault| fault.error.message.as_str()).collect::<Vec<_>>().join(" | ")
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,159 @@
+//! Doing it: owning the devices and running the firmware transaction, off the async thread.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use agent_core::state::ErrorRecord;
+use gpu_firmware::{Fault, Milestone, Mode, Ownership, Places, Progress, Transaction};
+use hw_probe::{Bdf, PciFunction};
+
+/// What the agent needs of the firmware crate; tests put a fake in its place.
+pub trait Firmware: Send + Sync + 'static {
+    /// Owns all `devices`, brings them to `target`, verifies and releases them. Blocks until all is done; every wait
+    /// within is bounded.
+    ///
+    /// `Ok` has one result a device. `Err` means that ownership was refused and nothing was touched; it has one fault for
+    /// each device that could not be had.
+    fn apply(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>>;
+}
+
+/// What became of one device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceResult {
+    /// The device.
+    pub bdf: Bdf,
+    /// Verified in the target mode, or why not.
+    pub result: Result<Verified, DeviceFault>,
+}
+
+/// A device as it was read under ownership.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// Mode that the knobs ask for.
+    pub configured: String,
+    /// Mode that the device booted with.
+    pub active: String,
+    /// When both were read.
+    pub at: jiff::Timestamp,
+    /// Whether it was reset on the way.
+    pub was_reset: bool,
+}
+
+/// What is wrong with one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFault {
+    /// The device.
+    pub bdf: Bdf,
+    /// Whether it is merely in use by somebody else: to be tried again, and no failure of the device.
+    pub busy: bool,
+    /// Code, and device, cause and cure in one line.
+    pub error: ErrorRecord,
+}
+
+impl From<&gpu_firmware::Error> for DeviceFault {
+    fn from(error: &gpu_firmware::Error) -> Self {
+        Self {
+            bdf: error.bdf,
+            busy: matches!(*error.fault, Fault::InUse { .. } | Fault::LockHeld { .. } | Fault::OwnershipChanged { .. }),
+            error: ErrorRecord { code: error.code().to_owned(), message: error.line() },
+        }
+    }
+}
+
+/// The real firmware crate on this machine.
+#[derive(Clone, Debug)]
+pub struct GpuFirmware {
+    places: Places,
+}
+
+impl GpuFirmware {
+    /// On the machine that this process runs on.
+    pub fn host() -> Self {
+        Self { places: Places::host("cc-manager") }
+    }
+}
+
+impl Firmware for GpuFirmware {
+    fn apply(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
+        let ownership = Ownership::take(devices, &self.places)
+            .map_err(|refused| refused.0.iter().map(DeviceFault::from).collect::<Vec<_>>())?;
+        for device in ownership.devices() {
+            let hold = format!("{:?}", device.hold());
+            tracing::info!(event = "device_owned", device = %device.bdf(), step = "own", hold, "Device is ours");
+        }
+        let outcome = Transaction::new(&ownership).run(target, &log_progress);
+        Ok(outcome
+            .devices
+            .iter()
+            .map(|device| DeviceResult {
+                bdf: device.bdf,
+                result: device.result.as_ref().map_err(DeviceFault::from).map(|done| Verified {
+                    configured: target.to_string(),
+                    active: done.effective.to_string(),
+                    at: jiff::Timestamp::try_from(done.verified_at).unwrap_or_else(|_| jiff::Timestamp::now()),
+                    was_reset: done.was_reset,
+                }),
+            })
+            .collect())
+    }
+}
+
+/// The timeline for people, one line a step.
+fn log_progress(progress: &Progress) {
+    let device = progress.bdf;
+    match &progress.what {
+        Milestone::Begun => tracing::debug!(event = "device_begun", %device, step = "open", "Looking at the device"),
+        Milestone::Written(write) => {
+            tracing::debug!(event = "device_knob_written", %device, step = "stage", knob = %write, "Knob written");
+        }
+        Milestone::Staged { effective, writes, reset_needed } => tracing::info!(
+            event = "device_staged",
+            %device,
+            step = "stage",
+            writes,
+            booted_with = %effective,
+            reset_needed,
+            "Knobs staged"
+        ),
+        Milestone::ResetBegun => {
+            tracing::debug!(event = "device_reset_begun", %device, step = "reset", "Resetting the device");
+        }
+        Milestone::ResetDone => tracing::info!(event = "device_reset", %device, step = "reset", "Device was reset"),
+        Milestone::Booted => tracing::info!(event = "device_booted", %device, step = "boot", "Device has booted"),
+        Milestone::Verified => {
+            tracing::info!(event = "device_verified", %device, step = "verify", "Device is verified in the target mode");
+        }
+        // Told by the controller, with code and cure, together with failures of ownership.
+        Milestone::Failed { error } => tracing::debug!(%device, code = error.code(), "Device failed"),
+    }
+}
+
+/// Runs [`Firmware::apply`] on a blocking thread and waits for it. A panic there is a failure of every device.
+pub(crate) async fn apply<F: Firmware>(
+    firmware: &Arc<F>,
+    devices: Vec<PciFunction>,
+    target: Mode,
+) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
+    let bdfs: Vec<Bdf> = devices.iter().map(|device| device.bdf).collect();
+    let firmware = Arc::clone(firmware);
+    match tokio::task::spawn_blocking(move || firmware.apply(&devices, target)).await {
+        Ok(outcome) => outcome,
+        Err(error) => Ok(bdfs
+            .into_iter()
+            .map(|bdf| {
+                let what = error.to_string();
+                let error = gpu_firmware::Error::new(bdf, Fault::Interrupted { what });
+                DeviceResult { bdf, result: Err(DeviceFault::from(&error)) }
+            })
+            .collect()),
+    }
+}
+
+/// Creates the empty readiness file and what is missing of its directory.
+pub(crate) fn create_readiness_file(path: &Path) -> anyhow::Result<()> {
+    use anyhow::Context;
+    let name = path.file_name().and_then(|name| name.to_str()).context("It has no file name")?;
+    let parent = path.parent().context("It has no directory")?;
+    agent_core::hostfile::HostDir::open(parent)?.write_atomic(name, b"", 0o644)?;
+    Ok(())
+}

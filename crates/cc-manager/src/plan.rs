@@ -1,0 +1,394 @@
+//! What is to be done. No I/O: from the label, the host and what has been verified to one action.
+
+use std::fmt;
+
+use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Identity};
+use gpu_firmware::{Mode, Support};
+use hw_probe::{Bdf, Inventory, PciFunction, Tee};
+use node_object::labels;
+
+use crate::executor::{DeviceFault, DeviceResult};
+
+/// Where the wanted mode comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The node's label.
+    Label,
+    /// The default of the command line.
+    Default,
+    /// The default, overruled because the host has no TEE.
+    NoTee,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Label => "label",
+            Self::Default => "default",
+            Self::NoTee => "default, forced off because this host has no TEE",
+        })
+    }
+}
+
+/// What the node is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// In this mode.
+    Mode(Mode, Source),
+    /// As it is: no label and an empty default.
+    Nothing,
+    /// Something that is no mode.
+    Unknown(String, Source),
+}
+
+/// The label if it is not empty, else the default, which is off without TEE (operator-contract section 5.4).
+pub(crate) fn wanted(label: Option<&str>, default: &str, tee: Tee) -> Wanted {
+    let (text, source) = match label.filter(|text| !text.is_empty()) {
+        Some(text) => (text, Source::Label),
+        None if default.is_empty() => return Wanted::Nothing,
+        None if tee == Tee::None && default != Mode::Off.as_str() => (Mode::Off.as_str(), Source::NoTee),
+        None => (default, Source::Default),
+    };
+    match text.parse() {
+        Ok(mode) => Wanted::Mode(mode, source),
+        Err(_) => Wanted::Unknown(text.to_owned(), source),
+    }
+}
+
+/// The error of a value that is no mode.
+pub(crate) fn unknown_mode(text: &str, source: Source) -> ErrorRecord {
+    let allowed = Mode::ALL.map(Mode::as_str).join(", ");
+    let text: String = text.chars().take(64).collect();
+    let message = match source {
+        Source::Label => format!(
+            "Label {} asks for {text:?}, which is no mode; nothing is changed; set it to one of: {allowed}",
+            labels::CC_MODE
+        ),
+        Source::Default | Source::NoTee => format!(
+            "The default mode (--default-cc-mode, DEFAULT_CC_MODE) is {text:?}, which is no mode; nothing is changed; set \
+             it to one of: {allowed}"
+        ),
+    };
+    ErrorRecord { code: "UnknownMode".to_owned(), message }
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Action {
+    /// There is no GPU: nothing to do and nothing to tell.
+    NoGpus,
+    /// PCI devices cannot be listed: whether there are GPUs is not known.
+    Blind(ErrorRecord),
+    /// These devices cannot be in that mode; nothing is touched.
+    Impossible(Vec<DeviceFault>),
+    /// Every device has been verified in the mode in this boot.
+    Settled,
+    /// These devices are to be owned, changed and verified.
+    Change {
+        /// The devices, by address.
+        devices: Vec<PciFunction>,
+        /// Whether it is the whole node rather than what an earlier attempt left over.
+        whole: bool,
+    },
+}
+
+/// The devices that `mode` concerns: the GPUs, and for ppcie the NVSwitches too.
+pub(crate) fn concerned(inventory: &Inventory, mode: Mode) -> impl Iterator<Item = &PciFunction> {
+    inventory.gpus().chain(inventory.nvswitches().filter(move |_| mode == Mode::Ppcie))
+}
+
+/// Whether there is no mode to speak of: a model that is known to have neither CC nor protected PCIe is always off.
+fn is_always_off(function: &PciFunction) -> bool {
+    function.model.as_ref().is_some_and(|model| !model.cc_query && !model.ppcie)
+}
+
+/// Decides.
+pub(crate) fn plan(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile>) -> Action {
+    if inventory.gpus().next().is_none() {
+        let blind = inventory.problems.iter().find(|problem| problem.bdf.is_none());
+        return blind.map_or(Action::NoGpus, |problem| {
+            let message = format!("Cannot tell which GPUs this node has: {}: {}", problem.path, problem.message);
+            Action::Blind(ErrorRecord { code: "SysfsUnreadable".to_owned(), message })
+        });
+    }
+    let concerned: Vec<&PciFunction> =
+        concerned(inventory, mode).filter(|function| mode != Mode::Off || !is_always_off(function)).collect();
+    let impossible: Vec<DeviceFault> = concerned
+        .iter()
+        .filter_map(|function| {
+            let fault = Support::of(function).and_then(|support| support.check(mode)).err()?;
+            Some(DeviceFault::from(&gpu_firmware::Error::new(function.bdf, fault)))
+        })
+        .collect();
+    if !impossible.is_empty() {
+        return Action::Impossible(impossible);
+    }
+    let all = concerned.len();
+    // A transition that was begun and not ended says nothing of any device.
+    let known = known.filter(|known| known.transition.is_none());
+    let devices: Vec<PciFunction> = concerned
+        .into_iter()
+        .filter(|function| !known.and_then(|known| known.record(function)).is_some_and(|record| is_verified(record, mode)))
+        .cloned()
+        .collect();
+    if devices.is_empty() {
+        return Action::Settled;
+    }
+    // Protected PCIe is one thing of all devices; the other modes are each device's own.
+    let whole = mode == Mode::Ppcie || devices.len() == all;
+    let devices = if whole && devices.len() < all { self::concerned(inventory, mode).cloned().collect() } else { devices };
+    Action::Change { devices, whole }
+}
+
+fn is_verified(record: &DeviceRecord, mode: Mode) -> bool {
+    let is = |text: &Option<String>| text.as_deref() == Some(mode.as_str());
+    is(&record.configured_mode) && is(&record.active_mode) && record.verified_at.is_some()
+}
+
+/// The records of a node that is settled in `mode`: an error of an attempt to leave the mode is over.
+pub(crate) fn settled_records(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile>) -> Vec<DeviceRecord> {
+    let mut records = records(inventory, mode, known, &[]);
+    for record in &mut records {
+        if is_verified(record, mode) {
+            record.usable = true;
+            record.error = None;
+        }
+    }
+    records
+}
+
+/// The records of a node while `changing` are in transition.
+pub(crate) fn records(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile>, changing: &[PciFunction]) -> Vec<DeviceRecord> {
+    concerned(inventory, mode)
+        .map(|function| {
+            let changes = changing.iter().any(|other| other.bdf == function.bdf);
+            match known.and_then(|known| known.record(function)) {
+                Some(record) if changes => DeviceRecord { usable: false, ..record.clone() },
+                Some(record) => record.clone(),
+                None => {
+                    // What is always off needs no verification to be what "off" asks for.
+                    let usable = mode == Mode::Off && is_always_off(function) && !changes;
+                    blank(function, usable)
+                }
+            }
+        })
+        .collect()
+}
+
+fn blank(function: &PciFunction, usable: bool) -> DeviceRecord {
+    DeviceRecord {
+        bdf: function.bdf,
+        identity: Identity::of(function),
+        configured_mode: usable.then(|| Mode::Off.to_string()),
+        active_mode: usable.then(|| Mode::Off.to_string()),
+        verified_at: None,
+        usable,
+        error: None,
+    }
+}
+
+/// Puts what became of the devices into their records.
+pub(crate) fn apply_results(records: &mut [DeviceRecord], results: &[DeviceResult]) {
+    for DeviceResult { bdf, result } in results {
+        let Some(record) = find(records, *bdf) else { continue };
+        match result {
+            Ok(verified) => {
+                record.configured_mode = Some(verified.configured.clone());
+                record.active_mode = Some(verified.active.clone());
+                record.verified_at = Some(verified.at);
+                record.usable = true;
+                record.error = None;
+            }
+            Err(fault) => {
+                // Half changed: what was known of it is not known any more.
+                record.configured_mode = None;
+                record.active_mode = None;
+                record.verified_at = None;
+                record.usable = false;
+                record.error = Some(fault.error.clone());
+            }
+        }
+    }
+}
+
+/// Puts errors of devices that were not touched into their records: what was known of them stays.
+pub(crate) fn apply_faults(records: &mut [DeviceRecord], faults: &[DeviceFault]) {
+    for fault in faults {
+        if let Some(record) = find(records, fault.bdf) {
+            record.usable = false;
+            record.error = Some(fault.error.clone());
+        }
+    }
+}
+
+fn find(records: &mut [DeviceRecord], bdf: Bdf) -> Option<&mut DeviceRecord> {
+    records.iter_mut().find(|record| record.bdf == bdf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use agent_core::state::{Origin, Transition};
+    use hw_probe::testing::FakeSysfs;
+
+    const H100: u16 = 0x2331;
+    const A100: u16 = 0x20b5;
+
+    #[test]
+    fn the_wanted_mode() {
+        use Source::{Default, Label, NoTee};
+        use Tee::{None as NoTees, SevSnp, Tdx};
+        let unknown = |text: &str, source| Wanted::Unknown(text.to_owned(), source);
+        for (label, default, tee, result) in [
+            (Some("on"), "off", SevSnp, Wanted::Mode(Mode::On, Label)),
+            (Some("ppcie"), "on", Tdx, Wanted::Mode(Mode::Ppcie, Label)),
+            (Some("devtools"), "on", NoTees, Wanted::Mode(Mode::Devtools, Label)),
+            (Some(""), "on", Tdx, Wanted::Mode(Mode::On, Default)),
+            (None, "on", Tdx, Wanted::Mode(Mode::On, Default)),
+            (None, "on", NoTees, Wanted::Mode(Mode::Off, NoTee)),
+            (None, "off", NoTees, Wanted::Mode(Mode::Off, Default)),
+            (None, "", NoTees, Wanted::Nothing),
+            (None, "", Tdx, Wanted::Nothing),
+            (Some("On"), "on", Tdx, unknown("On", Label)),
+            (Some("enabled"), "on", NoTees, unknown("enabled", Label)),
+            (None, "maybe", Tdx, unknown("maybe", Default)),
+            (None, "maybe", NoTees, Wanted::Mode(Mode::Off, NoTee)),
+        ] {
+            assert_eq!(wanted(label, default, tee), result, "{label:?} {default:?} {tee:?}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_mode_names_the_label_and_the_allowed_values() {
+        let error = unknown_mode("bananas", Source::Label);
+        for part in ["nvidia.com/cc.mode", "bananas", "on, off, devtools, ppcie"] {
+            assert!(error.message.contains(part), "{}", error.message);
+        }
+        assert!(unknown_mode("x", Source::Default).message.contains("DEFAULT_CC_MODE"));
+    }
+
+    fn inventory(gpus: &[(&str, u16)]) -> Inventory {
+        let fake = FakeSysfs::new();
+        for (index, (bdf, device)) in gpus.iter().enumerate() {
+            fake.gpu(*bdf, *device).group(u32::try_from(index).unwrap() + 1);
+        }
+        Inventory::scan(&fake.root())
+    }
+
+    fn verified(inventory: &Inventory, mode: &str) -> DevicesFile {
+        let devices = inventory
+            .gpus()
+            .map(|gpu| DeviceRecord {
+                configured_mode: Some(mode.to_owned()),
+                active_mode: Some(mode.to_owned()),
+                verified_at: Some(jiff::Timestamp::UNIX_EPOCH),
+                usable: true,
+                ..blank(gpu, false)
+            })
+            .collect();
+        DevicesFile { origin: Origin::now("boot", None), transition: None, devices }
+    }
+
+    const A: &str = "0000:41:00.0";
+    const B: &str = "0000:42:00.0";
+
+    fn changes(action: &Action) -> Option<(Vec<String>, bool)> {
+        match action {
+            Action::Change { devices, whole } => {
+                Some((devices.iter().map(|device| device.bdf.to_string()).collect(), *whole))
+            }
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn what_is_verified_in_this_boot_is_left_alone() {
+        let both = inventory(&[(A, H100), (B, H100)]);
+        let all = vec![A.to_owned(), B.to_owned()];
+        assert_eq!(changes(&plan(&both, Mode::On, None)), Some((all.clone(), true)), "nothing is known");
+        let mut known = verified(&both, "on");
+        assert_eq!(plan(&both, Mode::On, Some(&known)), Action::Settled);
+        assert_eq!(changes(&plan(&both, Mode::Off, Some(&known))), Some((all.clone(), true)), "another mode");
+
+        known.transition =
+            Some(Transition { target: "on".to_owned(), step: "changing".to_owned(), started_at: jiff::Timestamp::UNIX_EPOCH });
+        assert_eq!(changes(&plan(&both, Mode::On, Some(&known))), Some((all, true)), "an interrupted transition");
+        known.transition = None;
+
+        let only_b = Some((vec![B.to_owned()], false));
+        for (what, spoil) in [
+            ("configured", (|record| record.configured_mode = Some("off".to_owned())) as fn(&mut DeviceRecord)),
+            ("active", |record| record.active_mode = None),
+            ("never read", |record| record.verified_at = None),
+            ("another device", |record| record.identity.ids = "10de:2335".to_owned()),
+            ("another address", |record| record.bdf = "0000:99:00.0".parse().unwrap()),
+        ] {
+            let mut known = known.clone();
+            spoil(&mut known.devices[1]);
+            assert_eq!(changes(&plan(&both, Mode::On, Some(&known))), only_b, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_in_the_mode_is_named_before_anything_is_touched() {
+        let mixed = inventory(&[(A, H100), (B, A100)]);
+        for mode in [Mode::On, Mode::Devtools] {
+            let Action::Impossible(faults) = plan(&mixed, mode, None) else { panic!("{mode}") };
+            assert_eq!(faults.len(), 1);
+            assert!(faults[0].error.message.contains(B), "{}", faults[0].error.message);
+        }
+        assert_eq!(changes(&plan(&mixed, Mode::Off, None)), Some((vec![A.to_owned()], true)), "off needs only the H100");
+        assert_eq!(plan(&inventory(&[(B, A100)]), Mode::Off, None), Action::Settled);
+    }
+
+    #[test]
+    fn no_gpus_and_no_sysfs_are_different_things() {
+        assert_eq!(plan(&inventory(&[]), Mode::On, None), Action::NoGpus);
+        let empty = tempfile::tempdir().unwrap();
+        let blind = Inventory::scan(&hw_probe::SysRoot::at(empty.path()));
+        assert!(matches!(plan(&blind, Mode::On, None), Action::Blind(error) if error.code == "SysfsUnreadable"));
+    }
+
+    #[test]
+    fn records_follow_the_devices() {
+        let both = inventory(&[(A, H100), (B, A100)]);
+        let gpus: Vec<PciFunction> = both.gpus().cloned().collect();
+        let before = records(&both, Mode::Off, None, &gpus[..1]);
+        assert_eq!(before.iter().map(|record| record.usable).collect::<Vec<_>>(), [false, true]);
+
+        let known = verified(&both, "off");
+        let mut after = records(&both, Mode::On, Some(&known), &gpus);
+        assert!(after.iter().all(|record| !record.usable && record.active_mode.as_deref() == Some("off")));
+        let fault = DeviceFault {
+            bdf: gpus[1].bdf,
+            busy: false,
+            error: ErrorRecord { code: "BootTimeout".to_owned(), message: String::new() },
+        };
+        let results = [
+            DeviceResult {
+                bdf: gpus[0].bdf,
+                result: Ok(crate::Verified {
+                    configured: "on".to_owned(),
+                    active: "on".to_owned(),
+                    at: jiff::Timestamp::UNIX_EPOCH,
+                    was_reset: true,
+                }),
+            },
+            DeviceResult { bdf: gpus[1].bdf, result: Err(fault.clone()) },
+        ];
+        apply_results(&mut after, &results);
+        assert!(after[0].usable && is_verified(&after[0], Mode::On));
+        assert!(!after[1].usable && after[1].active_mode.is_none() && after[1].error.as_ref() == Some(&fault.error));
+
+        let mut untouched = records(&both, Mode::On, Some(&known), &gpus);
+        apply_faults(&mut untouched, &[fault]);
+        assert_eq!(untouched[1].active_mode.as_deref(), Some("off"), "what was known of an untouched device stays");
+        assert!(!untouched[1].usable);
+
+        // Busy on the way from off to on, and the label is set back to off: nothing is wrong with it in off.
+        let known = DevicesFile { devices: untouched, ..known };
+        assert_eq!(plan(&both, Mode::Off, Some(&known)), Action::Settled);
+        let settled = settled_records(&both, Mode::Off, Some(&known));
+        assert!(settled.iter().all(|record| record.usable && record.error.is_none()));
+    }
+}
