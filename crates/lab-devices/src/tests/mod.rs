@@ -1,0 +1,8 @@
+//! Behaviour of the devices as a host sees it: through registers, configuration space and sockets only.
+
+mod boot_and_reset;
+mod examples;
+mod faults;
+mod fleet;
+mod host;
+mod strictness;
