@@ -561,7 +561,7 @@ mod tests {
         fake.gpu("0000:01:00.0", 0x2330).group(1);
         fake.nvswitch("0000:90:00.0").group(2);
         let calm = scan(&fake);
-        let mut runner = TestRunner::new(ProptestConfig::with_cases(96));
+        let mut runner = TestRunner::new(ProptestConfig::with_cases(48));
         let files = proptest::collection::vec((0..READ.len(), content()), 1..10);
         let outcome = runner.run(&files, |files| {
             let sick = fake.gpu(GPU, 0x2330);
