@@ -18,7 +18,7 @@ use crate::units::{BackendChoice, CcGate, IdScheme, Policy};
 
 /// Offers VFIO-bound NVIDIA GPUs and NVSwitches to the kubelet, with CDI files by which Kata finds them
 #[derive(Debug, Parser)]
-#[command(name = "nvidia-sandbox-device-plugin", version)]
+#[command(name = "device-plugin", version)]
 pub struct Args {
     /// Resource name of all GPUs, without nvidia.com/; set but empty: one resource a model
     #[arg(long, env = "P_GPU_ALIAS", value_name = "NAME", default_value = "pgpu", value_parser = naming, hide_env_values = true)]
@@ -29,7 +29,8 @@ pub struct Args {
     pub nvswitch_alias: Naming,
 
     /// What a device is called, towards the kubelet and in CDI: its PCI address, or, as the reference does, the number of
-    /// its VFIO node or IOMMU group
+    /// its VFIO node or IOMMU group. Change it only while no pod on the node holds a device: the agent does not yet look
+    /// up which IDs the kubelet has given out
     #[arg(long, env = "DEVICE_ID_SCHEME", value_enum, default_value_t = IdScheme::Pci)]
     pub device_id_scheme: IdScheme,
 
@@ -115,8 +116,8 @@ impl Args {
             None => None,
         };
         tracing::info!(
-            event = "started", version = env!("CARGO_PKG_VERSION"), node = node_name, gpus = ?gpu_alias,
-            nvswitches = ?nvswitch_alias, ids = ?device_id_scheme, backend = ?vfio_backend, cc_gate = ?cc_gate,
+            event = "started", version = env!("CARGO_PKG_VERSION"), node = node_name, gpus = %gpu_alias,
+            nvswitches = %nvswitch_alias, ids = ?device_id_scheme, backend = ?vfio_backend, cc_gate = ?cc_gate,
             cdi_dir = %cdi_dir.display(), kubelet_plugin_dir = %kubelet_plugin_dir.display(), "Device plugin started"
         );
         if is_true(&enable_gfd) {

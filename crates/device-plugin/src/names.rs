@@ -98,6 +98,15 @@ pub enum Naming {
     PerModel,
 }
 
+impl fmt::Display for Naming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Alias(name) => name.fmt(f),
+            Self::PerModel => f.write_str("by model"),
+        }
+    }
+}
+
 impl FromStr for Naming {
     type Err = NameError;
 

@@ -223,7 +223,7 @@ impl Plugin {
                 return End::Shutdown;
             }
             let armed = changes.arm();
-            if let Some(end) = self.lost(path, own).await {
+            if let Some(end) = self.lost(path, own, changes).await {
                 return end;
             }
             let now = Instant::now();
@@ -296,7 +296,7 @@ impl Plugin {
     }
 
     /// Whether our socket is still ours.
-    async fn lost(&self, path: &Path, own: Option<SocketId>) -> Option<End> {
+    async fn lost(&self, path: &Path, own: Option<SocketId>, changes: &mut FolderWatch) -> Option<End> {
         match socket_id(path) {
             Some(found) if Some(found) == own => None,
             None => Some(End::Lost("the socket was removed")),
@@ -308,9 +308,11 @@ impl Plugin {
                 );
                 self.ready.not_ready();
                 while let Ok(Ok(_)) = timeout(CONNECT, tokio::net::UnixStream::connect(path)).await {
+                    let armed = changes.arm();
                     tokio::select! {
                         () = self.shutdown.wait() => return Some(End::Shutdown),
-                        () = sleep(LOOK[0]) => {}
+                        () = changes.changed() => {}
+                        () = sleep(LOOK[usize::from(!armed)]) => {}
                     }
                 }
                 Some(End::Lost("the other process is gone"))

@@ -410,3 +410,27 @@ async fn an_unreadable_sysfs_withdraws_what_was_offered() {
     node.end(agent).await;
     kubelet.end().await;
 }
+
+#[tokio::test]
+async fn another_plugin_on_the_same_socket_is_not_fought() {
+    let node = Node::new();
+    let kubelet = Running::start(&node.plugins());
+    let agent = node.start(BackendChoice::Auto);
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    until("ready", || node.readiness.is_ready()).await;
+
+    let path = node.plugins().join("sandbox-pgpu.sock");
+    let other = socket::listen(&path).unwrap();
+    let registrations = kubelet.registrations();
+    until("standing back", || !node.readiness.is_ready()).await;
+    sleep(Duration::from_millis(200)).await;
+    assert_eq!(kubelet.registrations(), registrations);
+    timeout(PATIENCE, other.accept()).await.expect("The other was asked whether it lives").unwrap();
+
+    drop(other);
+    std::fs::remove_file(&path).unwrap();
+    until("registered again", || kubelet.registrations() > registrations).await;
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    node.end(agent).await;
+    kubelet.end().await;
+}
