@@ -28,7 +28,7 @@ const FOLDER: &str = "nvidia/ccnode/locks";
 const CONTENT_LIMIT: u64 = 256;
 
 /// How often a held lock is tried again.
-const RETRY: Duration = Duration::from_millis(100);
+pub(crate) const RETRY: Duration = Duration::from_millis(100);
 
 /// The lock of one device, held until it is dropped or the process ends.
 #[derive(Debug)]

@@ -11,14 +11,16 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hw_probe::{Bdf, PciFunction, SysRoot};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::stat::{Mode as FileMode, SFlag, major, makedev, minor, mknod};
 
+use crate::clock::{Clock, Wait};
 use crate::error::{Error, Fault, Holder};
-use crate::lock::DeviceLock;
+use crate::lock::{DeviceLock, RETRY as LOCK_RETRY};
 
 /// Where ownership is taken, and by whom.
 #[derive(Clone, Debug)]
@@ -113,6 +115,26 @@ impl Ownership {
             tracing::debug!(device = %device.bdf(), hold = ?device.hold(), "owned");
         }
         Ok(Self { devices })
+    }
+
+    /// As [`Ownership::take`], but waits up to `patience` for other roles of ccnode that hold locks, for as long as nothing
+    /// else is in the way: they hold them briefly.
+    pub fn take_within(
+        functions: &[PciFunction],
+        places: &Places,
+        patience: Duration,
+        clock: &dyn Clock,
+    ) -> Result<Self, Refused> {
+        let mut last = Refused(Vec::new());
+        let is_lock = |error: &Error| matches!(*error.fault, Fault::LockHeld { .. });
+        let taken = Wait::new(patience, LOCK_RETRY).poll(clock, || match Self::take(functions, places) {
+            Err(refused) if refused.0.iter().all(is_lock) => {
+                last = refused;
+                Ok(None)
+            }
+            other => other.map(Some),
+        })?;
+        taken.ok_or(last)
     }
 
     /// The devices, in the order they were asked for.
@@ -353,7 +375,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::fake::{Tree, places};
+    use crate::fake::{FakeClock, Tree, places};
 
     #[test]
     fn a_vfio_bound_device_is_held_by_its_group_and_lock() {
@@ -416,6 +438,48 @@ mod tests {
         let _lock = DeviceLock::take(gpu.bdf, &tree.places).unwrap();
         let refused = Ownership::take(&[gpu], &tree.places).unwrap_err();
         assert_eq!(refused.0[0].code(), "LockHeld");
+    }
+
+    #[test]
+    fn locks_are_waited_for_and_users_are_not() {
+        let tree = Tree::new();
+        let clock = FakeClock::default();
+        let patience = Duration::from_secs(2);
+        let gpu = tree.function("0000:41:00.0", Some("vfio-pci"), Some(12));
+        let nvidia = tree.function("0000:42:00.0", Some("nvidia"), Some(13));
+        let lock = DeviceLock::take(gpu.bdf, &tree.places).unwrap();
+        let take = |functions: &[PciFunction]| Ownership::take_within(functions, &tree.places, patience, &clock);
+        assert_eq!(take(std::slice::from_ref(&gpu)).unwrap_err().0[0].code(), "LockHeld");
+        assert!(clock.now() >= patience && clock.now() < patience + LOCK_RETRY * 2);
+        let start = clock.now();
+        let codes: Vec<_> = take(&[gpu.clone(), nvidia]).unwrap_err().0.iter().map(Error::code).collect();
+        assert_eq!((codes, clock.now()), (vec!["LockHeld", "InUse"], start), "no use in waiting for the lock then");
+        drop(lock);
+        assert!(take(&[gpu]).is_ok());
+    }
+
+    #[test]
+    fn a_missing_or_foreign_node_is_made_from_the_kernels_numbers() {
+        let tree = Tree::new();
+        let gpu = tree.function("0000:41:00.0", Some("vfio-pci"), Some(12));
+        let class = class_folder(12, &tree.places);
+        fs::create_dir_all(&class).unwrap();
+        fs::write(class.join("dev"), "1:3\n").unwrap();
+        let node = tree.places.dev_vfio.join("12");
+        for foreign in [true, false] {
+            let _ = fs::remove_file(&node);
+            if foreign {
+                fs::write(&node, "").unwrap();
+            }
+            // Making nodes takes rights that a test may not have; without them that is what the error says.
+            match Ownership::take(std::slice::from_ref(&gpu), &tree.places) {
+                Ok(_) => {
+                    let rdev = fs::metadata(&node).unwrap().rdev();
+                    assert_eq!((major(rdev), minor(rdev)), (1, 3));
+                }
+                Err(Refused(errors)) => assert_eq!(errors[0].code(), "PermissionDenied"),
+            }
+        }
     }
 
     #[test]
