@@ -67,7 +67,8 @@ impl ApiServer {
         let listener = std::net::TcpListener::bind(asked).map_err(|e| failed(asked, e))?;
         listener.set_nonblocking(true).map_err(|e| failed(asked, e))?;
         let address = listener.local_addr().map_err(|e| failed(asked, e))?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| failed(asked, e))?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| failed(asked, e))?;
         let state = State::new(config.window, config.pods_end_after);
         let shared = Arc::new(Shared {
             changed: tokio::sync::watch::Sender::new(state.version),
@@ -176,7 +177,9 @@ impl ApiServer {
         let status = object.get("status").cloned();
         self.write(|state, writing| {
             let made = state.create(writing, rt, &namespace, object)?;
-            let Some(status) = status.filter(|_| rt.subresources.contains(&"status")) else { return Ok((*made).clone()) };
+            let Some(status) = status.filter(|_| rt.subresources.contains(&"status")) else {
+                return Ok((*made).clone());
+            };
             let mut with_status = (*made).clone();
             with_status["status"] = status;
             let name = made["metadata"]["name"].as_str().unwrap_or_default();

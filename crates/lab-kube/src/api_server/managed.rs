@@ -53,10 +53,10 @@ impl Entry {
     fn words(&self) -> String {
         let mut words = format!("{:?}", self.manager);
         if !self.subresource.is_empty() {
-            words.push_str(&format!(" with subresource {:?}", self.subresource));
+            words = format!("{words} with subresource {:?}", self.subresource);
         }
         if !self.apply {
-            words.push_str(&format!(" using {}", self.api_version));
+            words = format!("{words} using {}", self.api_version);
         }
         words
     }
@@ -86,8 +86,7 @@ impl Entry {
                 }
             }
             // A member that has members below it is marked by a dot.
-            let has_children =
-                self.paths.range(path.clone()..).nth(1).is_some_and(|next| next.starts_with(path));
+            let has_children = self.paths.range(path.clone()..).nth(1).is_some_and(|next| next.starts_with(path));
             if has_children {
                 at["."] = json!({});
             }
@@ -124,7 +123,9 @@ fn collect(value: &Value, path: &mut Path, out: &mut Paths) {
 }
 
 fn decode(object: &Value) -> Vec<Entry> {
-    object["metadata"]["managedFields"].as_array().map_or_else(Vec::new, |list| list.iter().map(Entry::decode).collect())
+    object["metadata"]["managedFields"]
+        .as_array()
+        .map_or_else(Vec::new, |list| list.iter().map(Entry::decode).collect())
 }
 
 fn store(object: &mut Value, mut entries: Vec<Entry>) {
@@ -152,7 +153,12 @@ pub(crate) enum ListKind {
 pub(crate) fn list_kind(field: &str) -> ListKind {
     match field {
         "conditions" | "addresses" => ListKind::Keyed(&["type"]),
-        "containers" | "initContainers" | "ephemeralContainers" | "env" | "volumes" | "imagePullSecrets"
+        "containers"
+        | "initContainers"
+        | "ephemeralContainers"
+        | "env"
+        | "volumes"
+        | "imagePullSecrets"
         | "resourceClaims" => ListKind::Keyed(&["name"]),
         "volumeMounts" => ListKind::Keyed(&["mountPath"]),
         "volumeDevices" => ListKind::Keyed(&["devicePath"]),
@@ -232,14 +238,7 @@ fn walk(value: &Value, path: &mut Path, field: &str, maps: bool, out: &mut BTree
     }
 }
 
-fn walk_list(
-    list: &[Value],
-    whole: &Value,
-    path: &mut Path,
-    field: &str,
-    maps: bool,
-    out: &mut BTreeMap<Path, Value>,
-) {
+fn walk_list(list: &[Value], whole: &Value, path: &mut Path, field: &str, maps: bool, out: &mut BTreeMap<Path, Value>) {
     match list_kind(field) {
         ListKind::Keyed(keys) if list.iter().all(|item| element_key(item, keys).is_some()) => {
             for item in list {
@@ -269,7 +268,11 @@ struct Difference {
 
 fn difference(old: &BTreeMap<Path, Value>, new: &BTreeMap<Path, Value>) -> Difference {
     Difference {
-        changed: new.iter().filter(|(path, value)| old.get(*path) != Some(value)).map(|(path, _)| path.clone()).collect(),
+        changed: new
+            .iter()
+            .filter(|(path, value)| old.get(*path) != Some(value))
+            .map(|(path, _)| path.clone())
+            .collect(),
         removed: old.keys().filter(|path| !new.contains_key(*path)).cloned().collect(),
     }
 }
@@ -424,7 +427,8 @@ fn remove(object: &mut Value, path: &[String]) {
         }
         Some(("v", value)) => {
             if let Some(list) = at.as_array_mut() {
-                list.retain(|item| item.to_string() != value);
+                let gone: Value = serde_json::from_str(value).unwrap_or_default();
+                list.retain(|item| *item != gone);
             }
         }
         _ => {}

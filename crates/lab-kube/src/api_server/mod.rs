@@ -116,7 +116,7 @@ impl Default for ApiServerConfig {
         Self {
             address: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
             names: ["127.0.0.1", "10.0.2.2", "::1", "localhost", "kubernetes.default.svc"].map(str::to_owned).to_vec(),
-            bookmark_interval: Duration::from_secs(60),
+            bookmark_interval: Duration::from_mins(1),
             window: 10_000,
             gone_as_response: false,
             watch_list: true,
@@ -124,6 +124,9 @@ impl Default for ApiServerConfig {
         }
     }
 }
+
+/// How long a cut body waits, so that what was sent before leaves the buffers.
+pub(crate) const FLUSH: Duration = Duration::from_millis(50);
 
 /// What the server's thread and the handle share.
 #[derive(Debug)]

@@ -141,7 +141,10 @@ fn typed(rt: &ResourceType, writing: &Writing<'_>, object: Value) -> Result<Valu
 }
 
 fn not_decoded(rt: &ResourceType, why: &str) -> ApiError {
-    ApiError::bad_request(format!("{} in version \"{}\" cannot be handled as a {}: {why}", rt.kind, rt.version, rt.kind))
+    ApiError::bad_request(format!(
+        "{} in version \"{}\" cannot be handled as a {}: {why}",
+        rt.kind, rt.version, rt.kind
+    ))
 }
 
 fn text<'a>(object: &'a Value, field: &str) -> &'a str {
@@ -217,9 +220,7 @@ impl State {
             return Err(ApiError::not_found(row.gr(), namespace));
         };
         if have["status"]["phase"] == "Terminating" {
-            let why = format!(
-                "unable to create new content in namespace {namespace} because it is being terminated"
-            );
+            let why = format!("unable to create new content in namespace {namespace} because it is being terminated");
             return Err(ApiError::forbidden(rt.gr(), name, &why));
         }
         Ok(())
@@ -275,10 +276,8 @@ impl State {
         };
         let uid = text(&object, "uid");
         if !uid.is_empty() && uid != text(&old, "uid") {
-            let why = format!(
-                "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
-                text(&old, "uid")
-            );
+            let why =
+                format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {}", text(&old, "uid"));
             return Err(ApiError::conflict(rt.gr(), target.name, &why));
         }
         if rt.namespaced {
@@ -303,9 +302,8 @@ impl State {
         let rt = target.rt;
         let old = self.found(target)?;
         let patched = patch::apply(kind, &rt.to_wire(&old), bytes)?;
-        let invalid = |why: &str| {
-            ApiError::invalid("", "", &[FieldError::invalid("patch", String::from_utf8_lossy(bytes), why)])
-        };
+        let invalid =
+            |why: &str| ApiError::invalid("", "", &[FieldError::invalid("patch", String::from_utf8_lossy(bytes), why)]);
         if !patched.is_object() || !patched["metadata"].is_object() {
             return Err(invalid("the patch leaves no object"));
         }
@@ -328,8 +326,8 @@ impl State {
         force: bool,
     ) -> Result<(Arc<Value>, bool), ApiError> {
         let rt = target.rt;
-        let config: Value = serde_json::from_slice(bytes)
-            .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?;
+        let config: Value =
+            serde_json::from_slice(bytes).map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?;
         for field in ["apiVersion", "kind"] {
             if config[field].as_str().unwrap_or_default().is_empty() {
                 let shown = if field == "kind" { "Kind" } else { field };
@@ -360,7 +358,7 @@ impl State {
                 if !writing.privileged {
                     writing.user.authorize(&probe)?;
                 }
-                return self.create_by_apply(writing, target, config);
+                return self.create_by_apply(writing, target, &config);
             }
             found => found?,
         };
@@ -377,8 +375,12 @@ impl State {
         let merged = managed::apply(&live, &config, writer(rt, writing, target.subresource, &time), force)
             .map_err(|conflicts| ApiError::apply_conflict(&conflicts))?;
         let merged = typed(rt, writing, merged).map_err(|why| {
-            ApiError::bad_request(format!("failed to create typed patch object ({}; {}, Kind={}): {why}",
-                target.name, rt.api_version(), rt.kind))
+            ApiError::bad_request(format!(
+                "failed to create typed patch object ({}; {}, Kind={}): {why}",
+                target.name,
+                rt.api_version(),
+                rt.kind
+            ))
         })?;
         self.finish_as(writing, target, &old, rt.to_stored(merged), true).map(|object| (object, false))
     }
@@ -387,7 +389,7 @@ impl State {
         &mut self,
         writing: &Writing<'_>,
         target: Target<'_>,
-        config: Value,
+        config: &Value,
     ) -> Result<(Arc<Value>, bool), ApiError> {
         let rt = target.rt;
         let dry = Writing {
@@ -402,7 +404,7 @@ impl State {
             meta.remove("managedFields");
         }
         let time = timestamp(0);
-        let object = managed::apply(&object, &config, writer(rt, writing, "", &time), true)
+        let object = managed::apply(&object, config, writer(rt, writing, "", &time), true)
             .map_err(|conflicts| ApiError::apply_conflict(&conflicts))?;
         let object = rt.to_stored(object);
         if writing.dry_run {
@@ -545,14 +547,14 @@ impl State {
         if !body.is_object() || wrong("kind", &["Eviction"]) || wrong("apiVersion", &["policy/v1", "policy/v1beta1"]) {
             return Err(ApiError::bad_request("the object provided is unrecognized (must be of type Eviction)"));
         }
-        if wrong("kind", &["Eviction"]) || body["metadata"]["name"].as_str() != Some(target.name) {
+        if body["metadata"]["name"].as_str() != Some(target.name) {
             return Err(ApiError::bad_request("name in URL does not match name in Eviction object"));
         }
         let options = DeleteOptions::read(&body["deleteOptions"], None)?;
         let pod = self.found(target)?;
         let phase = pod["status"]["phase"].as_str().unwrap_or_default();
-        let exempt = ["Succeeded", "Failed", "Pending"].contains(&phase)
-            || !pod["metadata"]["deletionTimestamp"].is_null();
+        let exempt =
+            ["Succeeded", "Failed", "Pending"].contains(&phase) || !pod["metadata"]["deletionTimestamp"].is_null();
         if !exempt && let Some(budget) = self.blocking_budget(target) {
             let cause = json!({
                 "reason": "DisruptionBudget",

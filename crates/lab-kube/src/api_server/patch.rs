@@ -7,6 +7,8 @@ use super::status::ApiError;
 
 /// More operations than this in one JSON Patch are refused by the real server.
 const MAX_OPERATIONS: usize = 10_000;
+/// What the `copy` operations of one JSON Patch may add up to, in bytes.
+const MAX_COPIED: usize = 3 * 1024 * 1024;
 
 /// What the `Content-Type` of a PATCH says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +74,14 @@ fn json(object: &mut Value, bytes: &[u8]) -> Result<(), ApiError> {
             operations.len()
         )));
     }
+    let mut copied = 0;
     for operation in &operations {
+        if let json_patch::PatchOperation::Copy(copy) = operation {
+            copied += object.pointer(copy.from.as_str()).map_or(0, |value| value.to_string().len());
+            if copied > MAX_COPIED {
+                return Err(ApiError::unprocessable());
+            }
+        }
         // The real server's library takes `test` for null as "not there", as long as the parent is there.
         if let json_patch::PatchOperation::Test(test) = operation
             && test.value.is_null()
@@ -175,13 +184,12 @@ fn strategic_list(map: &mut Map<String, Value>, field: &str, items: Vec<Value>) 
             list.retain(|have| have.get(key) != Some(&wanted));
             continue;
         }
-        match at {
-            Some(at) => strategic(&mut list[at], item)?,
-            None => {
-                let mut fresh = Value::Object(Map::new());
-                strategic(&mut fresh, item)?;
-                list.push(fresh);
-            }
+        if let Some(at) = at {
+            strategic(&mut list[at], item)?;
+        } else {
+            let mut fresh = Value::Object(Map::new());
+            strategic(&mut fresh, item)?;
+            list.push(fresh);
         }
     }
     Ok(())
@@ -201,8 +209,11 @@ mod tests {
     fn json_patch_tests_and_fails_whole() {
         let object = json!({"metadata": {"labels": {"a": "1"}}});
         for (patch, expected) in [
-            (json!([{"op": "test", "path": "/metadata/labels/a", "value": "1"},
-                    {"op": "replace", "path": "/metadata/labels/a", "value": "2"}]), Ok("2")),
+            (
+                json!([{"op": "test", "path": "/metadata/labels/a", "value": "1"},
+                    {"op": "replace", "path": "/metadata/labels/a", "value": "2"}]),
+                Ok("2"),
+            ),
             (json!([{"op": "test", "path": "/metadata/labels/a", "value": "9"}]), Err(422)),
             (json!([{"op": "test", "path": "/metadata/labels/b", "value": null}]), Ok("1")),
             (json!([{"op": "test", "path": "/metadata/labels/a", "value": null}]), Err(422)),

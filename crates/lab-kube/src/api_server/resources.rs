@@ -12,6 +12,7 @@ use super::status::GroupResource;
 
 /// One resource in one group version. To add a resource, add a row to [`RESOURCES`].
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is one column of a table")]
 pub(crate) struct ResourceType {
     pub(crate) group: &'static str,
     pub(crate) version: &'static str,
@@ -325,19 +326,18 @@ pub(crate) struct RequestInfo {
 
 impl RequestInfo {
     pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Self {
-        let mut info =
-            Self { path: path.to_owned(), verb: method.as_str().to_lowercase(), ..Self::default() };
+        let mut info = Self { path: path.to_owned(), verb: method.as_str().to_lowercase(), ..Self::default() };
         let parts: Vec<String> =
             path.split('/').filter(|part| !part.is_empty()).map(|part| decode(part, false)).collect();
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
         let rest = match parts.as_slice() {
             ["api", version, rest @ ..] if !rest.is_empty() => {
-                info.version = (*version).to_owned();
+                (*version).clone_into(&mut info.version);
                 rest
             }
             ["apis", group, version, rest @ ..] if !rest.is_empty() => {
-                info.group = (*group).to_owned();
-                info.version = (*version).to_owned();
+                (*group).clone_into(&mut info.group);
+                (*version).clone_into(&mut info.version);
                 rest
             }
             _ => return info,
@@ -345,17 +345,17 @@ impl RequestInfo {
         let rest = match rest {
             // A namespace itself, or its own subresource.
             ["namespaces", name] | ["namespaces", name, "status" | "finalize"] => {
-                info.namespace = (*name).to_owned();
+                (*name).clone_into(&mut info.namespace);
                 rest
             }
             ["namespaces", name, more @ ..] if !more.is_empty() => {
-                info.namespace = (*name).to_owned();
+                (*name).clone_into(&mut info.namespace);
                 more
             }
             other => other,
         };
-        info.resource = rest.first().copied().unwrap_or_default().to_owned();
-        info.name = rest.get(1).copied().unwrap_or_default().to_owned();
+        rest.first().copied().unwrap_or_default().clone_into(&mut info.resource);
+        rest.get(1).copied().unwrap_or_default().clone_into(&mut info.name);
         info.subresource = rest.get(2..).unwrap_or_default().join("/");
         info.set_verb(method, query);
         info

@@ -93,7 +93,9 @@ impl Requirement {
         };
         let number = |value: &str| {
             value.trim().parse::<i64>().map_err(|_| {
-                refuse(format!("values[0][{key}]: Invalid value: {value:?}: for 'Gt', 'Lt' operators, the value must be an integer"))
+                refuse(format!(
+                    "values[0][{key}]: Invalid value: {value:?}: for 'Gt', 'Lt' operators, the value must be an integer"
+                ))
             })
         };
         if let Some(value) = rest.strip_prefix("!=") {
@@ -154,9 +156,7 @@ impl FieldSelector {
             } else if let Some((key, value)) = part.split_once("==").or_else(|| part.split_once('=')) {
                 (key, true, value)
             } else {
-                return Err(ApiError::bad_request(format!(
-                    "invalid selector: '{text}'; can't understand '{part}'"
-                )));
+                return Err(ApiError::bad_request(format!("invalid selector: '{text}'; can't understand '{part}'")));
             };
             terms.push((key.trim().to_owned(), equal, value.trim().to_owned()));
         }
@@ -238,7 +238,10 @@ mod tests {
         }
         assert_eq!(FieldSelector::parse("metadata.name").expect_err("no operator").code, 400);
         let unknown = FieldSelector::parse("spec.foo=1").expect("syntax is right");
-        assert_eq!(unknown.check(&["metadata.name"]).expect_err("unknown field").message, "field label not supported: spec.foo");
+        assert_eq!(
+            unknown.check(&["metadata.name"]).expect_err("unknown field").message,
+            "field label not supported: spec.foo"
+        );
     }
 
     #[test]

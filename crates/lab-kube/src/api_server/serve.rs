@@ -24,9 +24,9 @@ use super::watch::{Scope, WatchRequest, Watcher};
 /// The real server's limit of a request body.
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
 /// How long a client may take to send its body.
-const BODY_DEADLINE: Duration = Duration::from_secs(60);
+const BODY_DEADLINE: Duration = Duration::from_mins(1);
 /// How long a watch lasts that names no timeout.
-const WATCH_DEFAULT: Duration = Duration::from_secs(1800);
+const WATCH_DEFAULT: Duration = Duration::from_mins(30);
 
 pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
 
@@ -140,8 +140,15 @@ pub(crate) async fn handle(shared: Arc<Shared>, request: Request<Incoming>) -> R
     let result = match user {
         Err(error) => Err(error),
         Ok(user) => {
-            let exchange =
-                Exchange { shared: Arc::clone(&shared), info, query, headers: parts.headers, method: parts.method, user, body: Bytes::new() };
+            let exchange = Exchange {
+                shared: Arc::clone(&shared),
+                info,
+                query,
+                headers: parts.headers,
+                method: parts.method,
+                user,
+                body: Bytes::new(),
+            };
             exchange.answer(body, fault.as_ref())
         }
     };
@@ -156,7 +163,7 @@ pub(crate) async fn handle(shared: Arc<Shared>, request: Request<Incoming>) -> R
     };
     record.code = response.status().as_u16();
     shared.record(record);
-    Ok(spoil(response, fault))
+    Ok(spoil(response, fault.as_ref()))
 }
 
 /// Bodies are read for writing methods only. An error is the refusal to answer with.
@@ -210,10 +217,10 @@ fn refusal(error: &ApiError) -> Response<Body> {
 }
 
 /// Slows or cuts the body of an answer.
-fn spoil(response: Response<Body>, fault: Option<FaultAction>) -> Response<Body> {
+fn spoil(response: Response<Body>, fault: Option<&FaultAction>) -> Response<Body> {
     let (chunk, pause, limit) = match fault {
-        Some(FaultAction::SlowBody { chunk, pause }) => (chunk.max(1), pause, usize::MAX),
-        Some(FaultAction::CutBodyAfter(limit)) => (usize::MAX, Duration::ZERO, limit),
+        Some(FaultAction::SlowBody { chunk, pause }) => ((*chunk).max(1), *pause, usize::MAX),
+        Some(FaultAction::CutBodyAfter(limit)) => (usize::MAX, Duration::ZERO, *limit),
         _ => return response,
     };
     let (parts, body) = response.into_parts();
@@ -233,6 +240,7 @@ fn spoil(response: Response<Body>, fault: Option<FaultAction>) -> Response<Body>
         }
         let size = chunk.min(rest.len()).min(limit - sent);
         if size == 0 {
+            tokio::time::sleep(super::FLUSH).await;
             let error = io::Error::new(io::ErrorKind::ConnectionAborted, "Body cut by an injected fault");
             return Some((Err(error), (body, rest, sent, true)));
         }
@@ -251,7 +259,7 @@ impl Exchange {
         let (group, version) = (self.info.group.as_str(), self.info.version.as_str());
         let review = group == "authorization.k8s.io" && self.info.resource == "selfsubjectaccessreviews";
         let known = super::resources::RESOURCES.iter().any(|r| r.group == group && r.version == version);
-        if !known && !(review && version == "v1") {
+        if !(known || review && version == "v1") {
             return Err(ApiError::no_such_path());
         }
         self.body = body?;
@@ -393,7 +401,9 @@ impl Exchange {
         match self.query.get(key).filter(|text| !text.is_empty()) {
             None => Ok(None),
             Some(text) => text.parse().map(Some).map_err(|_| {
-                ApiError::bad_request(format!("{key}: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"))
+                ApiError::bad_request(format!(
+                    "{key}: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
+                ))
             }),
         }
     }
@@ -526,7 +536,13 @@ impl Exchange {
         })
     }
 
-    fn list_meta(&self, rt: &ResourceType, version: u64, items: Vec<Value>, more: Option<(String, usize)>) -> Result<Answer, ApiError> {
+    fn list_meta(
+        &self,
+        rt: &ResourceType,
+        version: u64,
+        items: Vec<Value>,
+        more: Option<(String, usize)>,
+    ) -> Result<Answer, ApiError> {
         let mut metadata = json!({"resourceVersion": version.to_string()});
         if let Some((token, remaining)) = more {
             metadata["continue"] = token.into();
@@ -581,6 +597,11 @@ impl Exchange {
         if !["", "Exact", "NotOlderThan"].contains(&matching) || (matching == "Exact" && asked == Some(0)) {
             return Err(Self::list_options_error("resourceVersionMatch", "unsupported resourceVersionMatch"));
         }
+        if asked.is_some_and(|asked| asked > 0) && !self.query.text("continue").is_empty() {
+            return Err(ApiError::bad_request("specifying resource version is not allowed when using continue"));
+        }
+        // Whoever is content with any version is served from the watch cache, which knows no chunks.
+        let limit = if asked == Some(0) && self.query.text("continue").is_empty() { 0 } else { limit };
         let state = self.shared.lock();
         let (version, after) = match self.query.text("continue") {
             "" => (None, None),
@@ -722,7 +743,7 @@ impl Exchange {
 /// The token of a chunked list: hex, so that it passes any URL unharmed.
 fn make_token(version: u64, key: &Key) -> String {
     let text = json!({"rv": version, "ns": key.1, "name": key.2}).to_string();
-    text.bytes().map(|byte| format!("{byte:02x}")).collect()
+    text.bytes().flat_map(|byte| [byte >> 4, byte & 15]).filter_map(|n| char::from_digit(n.into(), 16)).collect()
 }
 
 fn read_token(token: &str) -> Result<(u64, (String, String)), ApiError> {

@@ -68,7 +68,7 @@ impl FieldError {
     fn body(&self) -> String {
         let mut text = self.kind.to_owned();
         if let Some(value) = &self.value {
-            text.push_str(&format!(": {value:?}"));
+            text = format!("{text}: {value:?}");
         }
         if !self.detail.is_empty() {
             text.push_str(": ");
@@ -162,12 +162,8 @@ impl ApiError {
     }
 
     pub(crate) fn conflict(gr: GroupResource<'_>, name: &str, why: &str) -> Self {
-        Self::new(
-            409,
-            "Conflict",
-            format!("Operation cannot be fulfilled on {} \"{name}\": {why}", gr.qualified()),
-        )
-        .with(gr.details(name))
+        Self::new(409, "Conflict", format!("Operation cannot be fulfilled on {} \"{name}\": {why}", gr.qualified()))
+            .with(gr.details(name))
     }
 
     pub(crate) fn modified(gr: GroupResource<'_>, name: &str) -> Self {
@@ -301,9 +297,7 @@ impl ApiError {
                 Vec::new(),
             ),
             500 => Self::internal("injected fault"),
-            503 => {
-                Self::new(503, "ServiceUnavailable", "the server is currently unable to handle the request")
-            }
+            503 => Self::new(503, "ServiceUnavailable", "the server is currently unable to handle the request"),
             504 => Self::new(504, "Timeout", "Timeout: request did not complete within the allotted timeout"),
             other => Self::new(other, "", "injected fault"),
         };

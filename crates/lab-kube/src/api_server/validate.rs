@@ -218,7 +218,10 @@ pub(crate) fn update(rt: &ResourceType, old: &Value, new: &Value) -> Vec<FieldEr
     if rt.storage == "nodes" {
         let (before, after) = (&old["spec"]["providerID"], &new["spec"]["providerID"]);
         if before.is_string() && before != after {
-            errors.push(FieldError::forbidden("spec.providerID", "node updates may not change providerID except from \"\" to valid"));
+            errors.push(FieldError::forbidden(
+                "spec.providerID",
+                "node updates may not change providerID except from \"\" to valid",
+            ));
         }
     }
     if rt.storage == "events" {

@@ -163,7 +163,8 @@ impl Watcher {
 
     /// Queues what has happened since the cursor.
     fn catch_up(&mut self, state: &State) {
-        if self.cursor < state.version && state.changes.front().is_some_and(|first| first.version > self.cursor + 1)
+        if self.cursor < state.version
+            && state.changes.front().is_some_and(|first| first.version > self.cursor + 1)
             && self.cursor < state.compacted
         {
             self.fail(&ApiError::expired(format!("too old resource version: {} ({})", self.cursor, state.compacted)));
@@ -219,6 +220,10 @@ impl Watcher {
     pub(crate) async fn next(&mut self) -> Option<Result<Frame<Bytes>, io::Error>> {
         loop {
             if let Some(frame) = self.next_frame() {
+                if frame.is_err() {
+                    // What came before is to arrive; an error at once would throw it away.
+                    tokio::time::sleep(super::FLUSH).await;
+                }
                 return Some(frame);
             }
             if self.ended {
@@ -233,7 +238,7 @@ impl Watcher {
             if !self.pending.is_empty() || self.ended {
                 continue;
             }
-            let bookmark_at = self.bookmark_at.unwrap_or(self.deadline + Duration::from_secs(3600));
+            let bookmark_at = self.bookmark_at.unwrap_or(self.deadline + Duration::from_hours(1));
             tokio::select! {
                 changed = self.changed.changed() => if changed.is_err() { return None },
                 _ = self.closing.changed() => return None,

@@ -25,7 +25,9 @@ fn server() -> ApiServer {
 
 async fn client_of(server: &ApiServer, token: &str) -> Client {
     let kubeconfig = Kubeconfig::from_yaml(&server.kubeconfig(token, "127.0.0.1")).expect("kubeconfig parses");
-    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.expect("config");
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.expect("config");
+    // The client repeats 429, 503 and 504 by itself, which would hide them here.
+    config.default_retry = false;
     Client::try_from(config).expect("client")
 }
 
@@ -102,21 +104,28 @@ async fn refusals_use_the_real_servers_words() {
     assert_eq!((code, reason.as_str()), (403, "Forbidden"));
     assert_eq!(
         message,
-        format!("nodes \"gpu-1\" is forbidden: User \"{SA}\" cannot patch resource \"nodes/status\" in API group \"\" at the cluster scope")
+        format!(
+            "nodes \"gpu-1\" is forbidden: User \"{SA}\" cannot patch resource \"nodes/status\" in API group \"\" at the cluster scope"
+        )
     );
     let (_, _, message) = status(nodes.delete(NODE, &DeleteParams::default()).await.expect_err("no rule"));
     assert_eq!(
         message,
-        format!("nodes \"gpu-1\" is forbidden: User \"{SA}\" cannot delete resource \"nodes\" in API group \"\" at the cluster scope")
+        format!(
+            "nodes \"gpu-1\" is forbidden: User \"{SA}\" cannot delete resource \"nodes\" in API group \"\" at the cluster scope"
+        )
     );
     let (_, _, message) = status(pods.list(&ListParams::default()).await.expect_err("other namespace"));
     assert_eq!(
         message,
-        format!("pods is forbidden: User \"{SA}\" cannot list resource \"pods\" in API group \"\" in the namespace \"default\"")
+        format!(
+            "pods is forbidden: User \"{SA}\" cannot list resource \"pods\" in API group \"\" in the namespace \"default\""
+        )
     );
     own.list(&ListParams::default()).await.expect("its own namespace");
     let events: Api<events::Event> = Api::namespaced(cc_manager(&server).await, "default");
-    let (code, _, message) = status(events.create(&PostParams::default(), &events::Event::default()).await.expect_err("no rule"));
+    let (code, _, message) =
+        status(events.create(&PostParams::default(), &events::Event::default()).await.expect_err("no rule"));
     assert_eq!(code, 403);
     assert!(message.starts_with("events.events.k8s.io is forbidden: User "), "{message}");
 }
@@ -152,7 +161,8 @@ async fn json_patch_tests_before_it_writes() {
         {"op": "replace", "path": "/metadata/labels/nvidia.com~1cc.mode", "value": "off"},
         {"op": "test", "path": "/metadata/labels/nvidia.com~1cc.mode", "value": "devtools"},
     ]));
-    let (code, reason, message) = status(nodes.patch(NODE, &PatchParams::default(), &failing).await.expect_err("test fails"));
+    let (code, reason, message) =
+        status(nodes.patch(NODE, &PatchParams::default(), &failing).await.expect_err("test fails"));
     assert_eq!((code, reason.as_str()), (422, "Invalid"));
     assert_eq!(message, "the server rejected our request due to an error in our request");
     assert_eq!(server.labels(NODE)["nvidia.com/cc.mode"], "on");
@@ -185,7 +195,18 @@ async fn versions_guard_updates_and_patches() {
     assert_eq!(status(nodes.replace(NODE, &PostParams::default(), &stale).await.expect_err("other uid")).0, 409);
     let patch = merge(json!({"metadata": {"uid": "another"}}));
     assert_eq!(status(nodes.patch(NODE, &PatchParams::default(), &patch).await.expect_err("immutable")).0, 422);
-    let (code, reason, _) = status(nodes.create(&PostParams::default(), &Node { metadata: kube::core::ObjectMeta { name: Some(NODE.into()), ..Default::default() }, ..Default::default() }).await.expect_err("exists"));
+    let (code, reason, _) = status(
+        nodes
+            .create(
+                &PostParams::default(),
+                &Node {
+                    metadata: kube::core::ObjectMeta { name: Some(NODE.into()), ..Default::default() },
+                    ..Default::default()
+                },
+            )
+            .await
+            .expect_err("exists"),
+    );
     assert_eq!((code, reason.as_str()), (409, "AlreadyExists"));
 }
 
@@ -199,7 +220,8 @@ async fn labels_are_validated_and_typed() {
         (json!(true), "is invalid: patch: Invalid value"),
     ] {
         let patch = merge(json!({"metadata": {"labels": {"nvidia.com/cc.mode": value}}}));
-        let (code, reason, message) = status(nodes.patch(NODE, &PatchParams::default(), &patch).await.expect_err("bad"));
+        let (code, reason, message) =
+            status(nodes.patch(NODE, &PatchParams::default(), &patch).await.expect_err("bad"));
         assert_eq!((code, reason.as_str()), (422, "Invalid"), "{value}");
         assert!(message.contains(part), "{message}");
     }
@@ -254,8 +276,6 @@ async fn server_side_apply_keeps_owners() {
         status(nodes.patch("new", &PatchParams::apply("x"), &missing).await.expect_err("may not create")).0,
         403
     );
-    let unnamed = status(nodes.patch(NODE, &PatchParams { force: true, ..PatchParams::default() }, &merge(json!({}))).await.err().unwrap_or_else(|| panic!("force is for apply")));
-    assert_eq!(unnamed.0, 422);
 }
 
 #[tokio::test]
@@ -365,7 +385,10 @@ async fn pods_select_by_node_die_with_grace_and_are_evicted() {
     let (code, reason, message) = status(pods.evict("b", &EvictParams::default()).await.expect_err("budget"));
     assert_eq!((code, reason.as_str()), (429, "TooManyRequests"));
     assert_eq!(message, "Cannot evict pod as it would violate the pod's disruption budget.");
-    pods.evict("b", &EvictParams { delete_options: Some(DeleteParams::default().grace_period(0)), ..EvictParams::default() }).await.expect("evicted");
+    pods.evict("b", &EvictParams::default()).await.expect("allowed again");
+    let evicted = pods.get("b").await.expect("marked");
+    assert_eq!(evicted.metadata.deletion_grace_period_seconds, Some(30));
+    server.finish_pod_deletion("gpu-operator", "b").expect("the kubelet's part");
     assert_eq!(status(pods.evict("b", &EvictParams::default()).await.expect_err("gone")).0, 404);
 }
 
@@ -392,9 +415,9 @@ async fn events_come_by_both_groups() {
     .expect("event");
     let made = new.create(&PostParams::default(), &event).await.expect("create");
     assert!(made.name_any().starts_with("cc-") && made.name_any().len() == 8);
-    let core: Api<Event> = Api::namespaced(client.clone(), "default");
+    let old: Api<Event> = Api::namespaced(client.clone(), "default");
     let fields = ListParams::default().fields("involvedObject.name=gpu-1,involvedObject.kind=Node");
-    let listed = core.list(&fields).await.expect("list");
+    let listed = old.list(&fields).await.expect("list");
     assert_eq!(listed.items[0].message.as_deref(), Some("on"));
     let mut bad = event;
     bad.action = None;
@@ -474,6 +497,46 @@ async fn faults_strike_what_they_are_for() {
 }
 
 #[tokio::test]
+async fn dropping_the_server_ends_running_watches_and_frees_the_port() {
+    let server = server();
+    let address = server.address();
+    let nodes: Api<Node> = Api::all(admin(&server).await);
+    let mut stream = nodes.watch(&WatchParams::default(), "0").await.expect("watch").boxed();
+    stream.try_next().await.expect("added").expect("added");
+    let begin = Instant::now();
+    drop(server);
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    assert!(!matches!(stream.try_next().await, Ok(Some(_))));
+    assert!(std::net::TcpStream::connect(address).is_err());
+    ApiServer::start(ApiServerConfig { address, ..ApiServerConfig::default() }).expect("the port is free again");
+}
+
+#[tokio::test]
+async fn a_guest_reaches_it_by_the_service_accounts_files() {
+    let server = server();
+    let token = server.add_identity(SA, &[], Rule::operator_cc_manager("gpu-operator"));
+    let files = server.service_account_files(&token, "gpu-operator");
+    assert!(files.ca_crt.starts_with("-----BEGIN CERTIFICATE-----"));
+    assert_eq!((files.token.as_str(), files.namespace.as_str()), (token.as_str(), "gpu-operator"));
+    assert!(
+        server
+            .kubeconfig(&token, "10.0.2.2")
+            .contains(&format!("server: https://10.0.2.2:{}", server.address().port()))
+    );
+    let other = ApiServer::start(ApiServerConfig::default()).expect("another");
+    let mut kubeconfig = server.kubeconfig(&token, "127.0.0.1");
+    kubeconfig = kubeconfig.replace(&server.url("127.0.0.1"), &other.url("127.0.0.1"));
+    let config = Config::from_custom_kubeconfig(
+        Kubeconfig::from_yaml(&kubeconfig).expect("kubeconfig"),
+        &KubeConfigOptions::default(),
+    )
+    .await
+    .expect("config");
+    let nodes: Api<Node> = Api::all(Client::try_from(config).expect("client"));
+    nodes.get(NODE).await.expect_err("its certificate is from another authority");
+}
+
+#[tokio::test]
 async fn watches_end_in_order_when_closed() {
     let server = server();
     let nodes: Api<Node> = Api::all(admin(&server).await);
@@ -540,7 +603,8 @@ async fn access_can_be_asked_for() {
     let server = server();
     let client = cc_manager(&server).await;
     for (verb, sub, allowed) in [("patch", "", true), ("patch", "status", false), ("delete", "", false)] {
-        let review: Value = json!({"spec": {"resourceAttributes": {"verb": verb, "resource": "nodes", "subresource": sub}}});
+        let review: Value =
+            json!({"spec": {"resourceAttributes": {"verb": verb, "resource": "nodes", "subresource": sub}}});
         let request = http::Request::post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews")
             .header("content-type", "application/json")
             .body(review.to_string().into_bytes())

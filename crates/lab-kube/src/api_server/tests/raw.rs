@@ -69,6 +69,9 @@ impl Raw {
     }
 }
 
+/// Method, path, headers, body, and the code and reason expected.
+type Case<'a> = (&'a str, &'a str, &'a str, &'a [u8], u16, &'a str);
+
 const JSON: &str = "Content-Type: application/json\r\n";
 const MERGE: &str = "Content-Type: application/merge-patch+json\r\n";
 const STRATEGIC: &str = "Content-Type: application/strategic-merge-patch+json\r\n";
@@ -80,7 +83,7 @@ fn malformed_requests_get_a_status_and_nothing_panics() {
     let raw = Raw::new();
     let deep = "[".repeat(100_000);
     let huge = vec![b' '; 3 * 1024 * 1024 + 1];
-    let cases: Vec<(&str, &str, &str, &[u8], u16, &str)> = vec![
+    let cases: Vec<Case> = vec![
         ("POST", "/api/v1/nodes", JSON, b"{", 400, "BadRequest"),
         ("POST", "/api/v1/nodes", JSON, b"", 400, "BadRequest"),
         ("POST", "/api/v1/nodes", JSON, b"\xff\xfe\x00", 400, "BadRequest"),
@@ -91,10 +94,24 @@ fn malformed_requests_get_a_status_and_nothing_panics() {
         ("POST", "/api/v1/nodes", JSON, br#"{"metadata":{"name":"x","labels":{"a":1}}}"#, 400, "BadRequest"),
         ("POST", "/api/v1/nodes", JSON, br#"{"metadata":{}}"#, 422, "Invalid"),
         ("POST", "/api/v1/nodes", JSON, br#"{"metadata":{"name":"Bad_Name"}}"#, 422, "Invalid"),
-        ("POST", "/api/v1/nodes?fieldValidation=Strict", JSON, br#"{"metadata":{"name":"x"},"nope":1}"#, 400, "BadRequest"),
+        (
+            "POST",
+            "/api/v1/nodes?fieldValidation=Strict",
+            JSON,
+            br#"{"metadata":{"name":"x"},"nope":1}"#,
+            400,
+            "BadRequest",
+        ),
         ("POST", "/api/v1/nodes", "Content-Type: application/yaml\r\n", b"a: b", 415, "UnsupportedMediaType"),
         ("POST", "/api/v1/nodes", JSON, &huge, 413, "RequestEntityTooLarge"),
-        ("POST", "/api/v1/namespaces/none/pods", JSON, br#"{"metadata":{"name":"x"},"spec":{"containers":[{"name":"a","image":"b"}]}}"#, 404, "NotFound"),
+        (
+            "POST",
+            "/api/v1/namespaces/none/pods",
+            JSON,
+            br#"{"metadata":{"name":"x"},"spec":{"containers":[{"name":"a","image":"b"}]}}"#,
+            404,
+            "NotFound",
+        ),
         ("POST", "/api/v1/namespaces/ns/pods", JSON, br#"{"metadata":{"name":"x"}}"#, 422, "Invalid"),
         ("POST", "/api/v1/pods", JSON, b"{}", 405, "MethodNotAllowed"),
         ("PUT", "/api/v1/nodes", JSON, b"{}", 405, "MethodNotAllowed"),
@@ -113,6 +130,8 @@ fn malformed_requests_get_a_status_and_nothing_panics() {
         ("PATCH", "/api/v1/nodes/n", STRATEGIC, br#"{"metadata":{"labels":[1]}}"#, 422, "Invalid"),
         ("PATCH", "/api/v1/nodes/n", STRATEGIC, br#"{"metadata":{"$nope":1}}"#, 400, "BadRequest"),
         ("PATCH", "/api/v1/nodes/n", APPLY, b"{}", 422, "Invalid"),
+        ("PATCH", "/api/v1/nodes/n?force=true", MERGE, b"{}", 422, "Invalid"),
+        ("GET", "/api/v1/nodes?continue=7b7d&resourceVersion=5", "", b"", 400, "BadRequest"),
         ("PATCH", "/api/v1/nodes/n?fieldManager=x", APPLY, b"a: b", 400, "BadRequest"),
         ("PATCH", "/api/v1/nodes/n?fieldManager=x", APPLY, b"{}", 400, "BadRequest"),
         ("PATCH", "/api/v1/nodes/n?fieldManager=x", APPLY, b"7", 400, "BadRequest"),
@@ -131,7 +150,14 @@ fn malformed_requests_get_a_status_and_nothing_panics() {
         ("GET", "/api/v1/nodes?resourceVersionMatch=Exact", "", b"", 422, "Invalid"),
         ("GET", "/api/v1/nodes?watch=1&sendInitialEvents=true", "", b"", 422, "Invalid"),
         ("GET", "/api/v1/nodes", "Accept: application/yaml\r\n", b"", 406, "NotAcceptable"),
-        ("GET", "/api/v1/nodes", "Accept: application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1\r\n", b"", 406, "NotAcceptable"),
+        (
+            "GET",
+            "/api/v1/nodes",
+            "Accept: application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1\r\n",
+            b"",
+            406,
+            "NotAcceptable",
+        ),
         ("GET", "/api/v1/widgets", "", b"", 404, "NotFound"),
         ("GET", "/api/v1/nodes/n/log", "", b"", 404, "NotFound"),
         ("GET", "/api/v1/namespaces/ns/nodes/n", "", b"", 404, "NotFound"),
@@ -176,7 +202,8 @@ fn noise_on_the_socket_does_no_harm() {
         let mut tcp = TcpStream::connect(raw.server.address()).expect("connect");
         tcp.write_all(noise).expect("noise");
     }
-    for noise in [&b"\0\0\0\r\n\r\n"[..], b"GET\r\n\r\n", b"POST /api/v1/nodes HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"] {
+    for noise in [&b"\0\0\0\r\n\r\n"[..], b"GET\r\n\r\n", b"POST /api/v1/nodes HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"]
+    {
         let mut stream = connect(&raw.server);
         stream.write_all(noise).expect("noise");
         stream.flush().expect("flush");
@@ -224,10 +251,20 @@ fn list_items_carry_no_kind_and_deletions_answer_with_a_status() {
 fn a_dry_run_changes_nothing() {
     let raw = Raw::new();
     let before = raw.server.resource_version();
-    let (code, _, body) = raw.send("PATCH", "/api/v1/nodes/n?dryRun=All", MERGE, br#"{"metadata":{"labels":{"a":"2"}}}"#);
+    let (code, _, body) =
+        raw.send("PATCH", "/api/v1/nodes/n?dryRun=All", MERGE, br#"{"metadata":{"labels":{"a":"2"}}}"#);
     assert_eq!(code, 200);
     assert!(body.contains(r#""a":"2""#), "{body}");
     assert_eq!(raw.send("DELETE", "/api/v1/nodes/n?dryRun=All", "", b"").0, 200);
     assert_eq!(raw.send("POST", "/api/v1/nodes?dryRun=All", JSON, br#"{"metadata":{"name":"x"}}"#).0, 201);
     assert_eq!((raw.server.resource_version(), raw.server.labels("n")["a"].as_str()), (before, "1"));
+}
+
+#[test]
+fn an_eviction_can_bring_its_own_grace() {
+    let raw = Raw::new();
+    let path = "/api/v1/namespaces/ns/pods/p/eviction";
+    let body = br#"{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"p"},"deleteOptions":{"gracePeriodSeconds":0}}"#;
+    assert_eq!(raw.send("POST", path, JSON, body).0, 201);
+    assert_eq!(raw.server.get("pods", "ns", "p"), None);
 }
