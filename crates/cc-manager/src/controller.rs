@@ -173,7 +173,9 @@ impl<F: Firmware> Controller<F> {
                     tracing::info!(event = "retry", retry_in_ms = millis(delay), "Will try again");
                     delay
                 }
-                Round::ApiFailed(ref error) => self.api_delay(error, "Node object cannot be changed, nothing is touched"),
+                Round::ApiFailed(ref error) => {
+                    self.api_delay(error, "Node object cannot be changed, nothing is touched")
+                }
             };
             self.memory.next_round = Instant::now() + delay;
             if !matches!(round, Round::ApiFailed(_)) {
@@ -186,6 +188,12 @@ impl<F: Firmware> Controller<F> {
     /// Brings the node object to what the last round found; retried by time and by every change of the node.
     async fn publish(&mut self) {
         let Some(publication) = &self.memory.publication else { return };
+        let view = self.node.view();
+        let label = view.node().map(|node| node.label(labels::CC_MODE).unwrap_or_default());
+        if label.is_some_and(|label| self.memory.label.as_deref() != Some(label)) {
+            // Another mode is wanted by now, and the next round is due at once: the gate is not opened in between.
+            return;
+        }
         match self.node.merge(&publication.change()).await {
             Ok(written) => {
                 self.memory.next_publish = None;
@@ -242,7 +250,7 @@ impl<F: Firmware> Controller<F> {
         self.tell_problems(&inventory);
         let boot_id = inventory.host.boot_id.clone().unwrap_or_default();
         let state = StateDir { path: self.settings.state_dir.clone(), boot_id, node_uid: node.uid.clone() };
-        let known = state.load(self.memory.known.take());
+        let (known, on_disk) = state.load(self.memory.known.take());
         self.memory.known.clone_from(&known);
 
         // The first act in a new boot: whatever the labels say, they say it of another boot.
@@ -287,7 +295,10 @@ impl<F: Firmware> Controller<F> {
             Action::Impossible(faults) => {
                 let error = ErrorRecord {
                     code: "Unsupported".to_owned(),
-                    message: format!("Mode {mode} is not possible on this node, nothing is changed: {}", lines(&faults)),
+                    message: format!(
+                        "Mode {mode} is not possible on this node, nothing is changed: {}",
+                        lines(&faults)
+                    ),
                 };
                 let mut records = plan::records(&inventory, mode, known.as_ref(), &[]);
                 plan::apply_faults(&mut records, &faults);
@@ -296,7 +307,8 @@ impl<F: Firmware> Controller<F> {
             }
             Action::Settled => {
                 let records = plan::settled_records(&inventory, mode, known.as_ref());
-                if known.as_ref().is_none_or(|known| known.transition.is_some() || known.devices != records) {
+                let stands = known.as_ref().is_some_and(|known| known.transition.is_none() && known.devices == records);
+                if !(stands && on_disk) {
                     self.store(&state, None, records.clone());
                 }
                 self.say(tracing::Level::INFO, &format!("Every device is verified in mode {mode} ({source})"));
@@ -320,7 +332,8 @@ impl<F: Firmware> Controller<F> {
         shutdown: &Shutdown,
     ) -> Round {
         if state.boot_id.is_empty() {
-            let message = "The kernel's boot id cannot be read, so nothing verified could be told from an earlier boot's";
+            let message =
+                "The kernel's boot id cannot be read, so nothing verified could be told from an earlier boot's";
             let error = ErrorRecord { code: "NoBootId".to_owned(), message: message.to_owned() };
             self.fail(state, inventory, mode.as_str(), &error, &[]);
             return Round::Retry;
@@ -335,7 +348,11 @@ impl<F: Firmware> Controller<F> {
             step: "changing".to_owned(),
             started_at: jiff::Timestamp::now(),
         });
-        if !self.store(state, transition, records.clone()) {
+        let mut journal = records.clone();
+        if !whole {
+            plan::forget(&mut journal, &devices);
+        }
+        if !self.store(state, transition, journal) {
             let message = format!("{} cannot be written, so no device is touched", state.path.display());
             let error = ErrorRecord { code: "StateFile".to_owned(), message };
             self.conclude(Verdict::NotBegun, state, mode.as_str(), Some(&error), &records);
@@ -360,9 +377,10 @@ impl<F: Firmware> Controller<F> {
         let (verdict, error) = match outcome {
             Ok(results) => {
                 plan::apply_results(&mut records, &results);
-                let faults: Vec<&DeviceFault> = results.iter().filter_map(|result| result.result.as_ref().err()).collect();
+                let faults: Vec<&DeviceFault> =
+                    results.iter().filter_map(|result| result.result.as_ref().err()).collect();
                 tell_results(&results);
-                match first_error(&faults, "were not brought to", mode) {
+                match first_error(&faults, "Not every device was brought to", mode) {
                     None => (Verdict::Applied(mode), None),
                     error => (Verdict::Failed, error),
                 }
@@ -373,7 +391,11 @@ impl<F: Firmware> Controller<F> {
                 for DeviceFault { bdf, error, .. } in &faults {
                     tell_fault(*bdf, "own", error);
                 }
-                let error = first_error(&faults.iter().collect::<Vec<_>>(), "cannot be owned, so none is changed to", mode);
+                let error = first_error(
+                    &faults.iter().collect::<Vec<_>>(),
+                    "Not every device can be owned, so none is brought to",
+                    mode,
+                );
                 (if busy { Verdict::NotBegun } else { Verdict::Failed }, error)
             }
         };
@@ -404,7 +426,12 @@ impl<F: Firmware> Controller<F> {
             Ok(written) => {
                 self.memory.api_retry.reset();
                 if written.is_some() {
-                    tracing::info!(event = "withdrawn", step = "withdraw", ready = "", "Node is not ready for GPU pods");
+                    tracing::info!(
+                        event = "withdrawn",
+                        step = "withdraw",
+                        ready = "",
+                        "Node is not ready for GPU pods"
+                    );
                 }
                 Ok(())
             }
@@ -413,7 +440,14 @@ impl<F: Firmware> Controller<F> {
     }
 
     /// A failure that touched nothing.
-    fn fail(&mut self, state: &StateDir, inventory: &Inventory, wanted: &str, error: &ErrorRecord, records: &[DeviceRecord]) {
+    fn fail(
+        &mut self,
+        state: &StateDir,
+        inventory: &Inventory,
+        wanted: &str,
+        error: &ErrorRecord,
+        records: &[DeviceRecord],
+    ) {
         if self.memory.said.as_ref() != Some(&error.message) {
             tracing::error!(event = "refused", code = error.code, "{}", error.message);
             self.memory.said = Some(error.message.clone());
@@ -496,8 +530,9 @@ struct StateDir {
 }
 
 impl StateDir {
-    /// What has been verified in this boot: the file's word, or what we remember of it if it is lost.
-    fn load(&self, memory: Option<DevicesFile>) -> Option<DevicesFile> {
+    /// What has been verified in this boot: the file's word, or what we remember of it if it is lost; and whether it was
+    /// the file's.
+    fn load(&self, memory: Option<DevicesFile>) -> (Option<DevicesFile>, bool) {
         let memory = memory.filter(|file| file.origin.boot_id == self.boot_id && !self.boot_id.is_empty());
         let file = match HostDir::open_existing(&self.path) {
             Ok(Some(dir)) => DevicesFile::load(&dir, &self.boot_id),
@@ -505,11 +540,11 @@ impl StateDir {
             Err(error) => Err(error.into()),
         };
         match file {
-            Ok(Some(file)) => Some(file),
-            Ok(None) => memory,
+            Ok(Some(file)) => (Some(file), true),
+            Ok(None) => (memory, false),
             Err(error) => {
                 tracing::warn!(code = "StateFile", "What was verified cannot be read: {}", chain(&error));
-                memory
+                (memory, false)
             }
         }
     }
@@ -519,7 +554,7 @@ impl StateDir {
 fn first_error(faults: &[&DeviceFault], what: &str, mode: Mode) -> Option<ErrorRecord> {
     let first = faults.first()?;
     let lines: Vec<&str> = faults.iter().map(|fault| fault.error.message.as_str()).collect();
-    let message = format!("{} of the devices {what} mode {mode}: {}", faults.len(), lines.join(" | "));
+    let message = format!("{what} mode {mode}: {}", lines.join(" | "));
     Some(ErrorRecord { code: first.error.code.clone(), message })
 }
 

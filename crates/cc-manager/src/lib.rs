@@ -87,10 +87,10 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         () = shutdown.wait() => return Ok(()),
     };
     let node = NodeClient::new(client, node_name, "ccnode-cc-manager");
-    let settings = Settings { default_mode: default_cc_mode, readiness_file, state_dir, resync, retry_min, retry_max, grace };
+    let settings =
+        Settings { default_mode: default_cc_mode, readiness_file, state_dir, resync, retry_min, retry_max, grace };
     let scan = || Inventory::scan(&SysRoot::host());
-    let controller =
-        Controller::new(settings, node.clone(), Arc::new(GpuFirmware::host()), scan, &readiness, &metrics);
+    let controller = Controller::new(settings, node.clone(), Arc::new(GpuFirmware::host()), scan, &readiness, &metrics);
 
     // One task drives everything but the firmware, which has threads of its own: nothing can fail unseen.
     let health = async {

@@ -128,7 +128,9 @@ pub(crate) fn plan(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile
     let known = known.filter(|known| known.transition.is_none());
     let devices: Vec<PciFunction> = concerned
         .into_iter()
-        .filter(|function| !known.and_then(|known| known.record(function)).is_some_and(|record| is_verified(record, mode)))
+        .filter(|function| {
+            !known.and_then(|known| known.record(function)).is_some_and(|record| is_verified(record, mode))
+        })
         .cloned()
         .collect();
     if devices.is_empty() {
@@ -136,7 +138,8 @@ pub(crate) fn plan(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile
     }
     // Protected PCIe is one thing of all devices; the other modes are each device's own.
     let whole = mode == Mode::Ppcie || devices.len() == all;
-    let devices = if whole && devices.len() < all { self::concerned(inventory, mode).cloned().collect() } else { devices };
+    let devices =
+        if whole && devices.len() < all { self::concerned(inventory, mode).cloned().collect() } else { devices };
     Action::Change { devices, whole }
 }
 
@@ -158,7 +161,14 @@ pub(crate) fn settled_records(inventory: &Inventory, mode: Mode, known: Option<&
 }
 
 /// The records of a node while `changing` are in transition.
-pub(crate) fn records(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile>, changing: &[PciFunction]) -> Vec<DeviceRecord> {
+pub(crate) fn records(
+    inventory: &Inventory,
+    mode: Mode,
+    known: Option<&DevicesFile>,
+    changing: &[PciFunction],
+) -> Vec<DeviceRecord> {
+    // A transition that was begun and not ended says nothing of any device.
+    let known = known.filter(|known| known.transition.is_none());
     concerned(inventory, mode)
         .map(|function| {
             let changes = changing.iter().any(|other| other.bdf == function.bdf);
@@ -184,6 +194,19 @@ fn blank(function: &PciFunction, usable: bool) -> DeviceRecord {
         verified_at: None,
         usable,
         error: None,
+    }
+}
+
+/// What the file says while devices are being changed without a node-wide transition: nothing of those devices. Should
+/// we be killed, nobody may take an old record for the truth.
+pub(crate) fn forget(records: &mut [DeviceRecord], changing: &[PciFunction]) {
+    for function in changing {
+        if let Some(record) = find(records, function.bdf) {
+            record.configured_mode = None;
+            record.active_mode = None;
+            record.verified_at = None;
+            record.usable = false;
+        }
     }
 }
 
@@ -261,7 +284,7 @@ mod tests {
     #[test]
     fn an_unknown_mode_names_the_label_and_the_allowed_values() {
         let error = unknown_mode("bananas", Source::Label);
-        for part in ["nvidia.com/cc.mode", "bananas", "on, off, devtools, ppcie"] {
+        for part in ["nvidia.com/cc.mode", "bananas", "off, on, devtools, ppcie"] {
             assert!(error.message.contains(part), "{}", error.message);
         }
         assert!(unknown_mode("x", Source::Default).message.contains("DEFAULT_CC_MODE"));
@@ -310,8 +333,11 @@ mod tests {
         assert_eq!(plan(&both, Mode::On, Some(&known)), Action::Settled);
         assert_eq!(changes(&plan(&both, Mode::Off, Some(&known))), Some((all.clone(), true)), "another mode");
 
-        known.transition =
-            Some(Transition { target: "on".to_owned(), step: "changing".to_owned(), started_at: jiff::Timestamp::UNIX_EPOCH });
+        known.transition = Some(Transition {
+            target: "on".to_owned(),
+            step: "changing".to_owned(),
+            started_at: jiff::Timestamp::UNIX_EPOCH,
+        });
         assert_eq!(changes(&plan(&both, Mode::On, Some(&known))), Some((all, true)), "an interrupted transition");
         known.transition = None;
 
@@ -337,7 +363,11 @@ mod tests {
             assert_eq!(faults.len(), 1);
             assert!(faults[0].error.message.contains(B), "{}", faults[0].error.message);
         }
-        assert_eq!(changes(&plan(&mixed, Mode::Off, None)), Some((vec![A.to_owned()], true)), "off needs only the H100");
+        assert_eq!(
+            changes(&plan(&mixed, Mode::Off, None)),
+            Some((vec![A.to_owned()], true)),
+            "off needs only the H100"
+        );
         assert_eq!(plan(&inventory(&[(B, A100)]), Mode::Off, None), Action::Settled);
     }
 

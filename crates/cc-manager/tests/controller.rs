@@ -1,0 +1,581 @@
+//! The loop against an API server in memory, a fake sysfs, and a firmware that does as it is told.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests, which have failed when these do")]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use agent_core::metrics::Metrics;
+use agent_core::readiness::Registry;
+use agent_core::shutdown::Shutdown;
+use agent_core::state::{DEVICES_FILE, DevicesFile, ErrorRecord};
+use cc_manager::{Controller, DeviceFault, DeviceResult, Firmware, Settings, Verified};
+use gpu_firmware::Mode;
+use http::Method;
+use hw_probe::testing::FakeSysfs;
+use hw_probe::{Bdf, Inventory, PciFunction, Tee};
+use node_object::testing::FakeApi;
+use node_object::{NodeClient, Timing, annotations, labels};
+use tokio::task::JoinHandle;
+
+const A: &str = "0000:41:00.0";
+const B: &str = "0000:42:00.0";
+const H100: u16 = 0x2331;
+const A100: u16 = 0x20b5;
+
+/// What one call of the firmware is to do.
+enum Script {
+    /// Refuse ownership of this device.
+    Refuse(&'static str, &'static str, bool),
+    /// Fail this device, change the others.
+    Fail(&'static str, &'static str),
+    Panic,
+}
+
+/// What one call of the firmware saw.
+#[derive(Clone, Debug)]
+struct Call {
+    devices: Vec<String>,
+    target: Mode,
+    ready: Option<String>,
+    file: serde_json::Value,
+}
+
+struct FakeFirmware {
+    api: FakeApi,
+    file: PathBuf,
+    script: Mutex<VecDeque<Script>>,
+    calls: Mutex<Vec<Call>>,
+    held: Mutex<bool>,
+    released: Condvar,
+}
+
+impl FakeFirmware {
+    fn hold(&self, held: bool) {
+        *self.held.lock().unwrap() = held;
+        self.released.notify_all();
+    }
+
+    fn calls(&self) -> Vec<Call> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    fn script(&self, script: Script) {
+        self.script.lock().unwrap().push_back(script);
+    }
+}
+
+fn fault(bdf: Bdf, code: &str, busy: bool) -> DeviceFault {
+    let message = format!("{bdf}: register 0x2000bc says {code}; do something");
+    DeviceFault { bdf, busy, error: ErrorRecord { code: code.to_owned(), message } }
+}
+
+impl Firmware for FakeFirmware {
+    fn apply(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
+        self.calls.lock().unwrap().push(Call {
+            devices: devices.iter().map(|device| device.bdf.to_string()).collect(),
+            target,
+            ready: self.api.labels().get(labels::CC_READY_STATE).cloned(),
+            file: std::fs::read(&self.file)
+                .map_or(serde_json::Value::Null, |bytes| serde_json::from_slice(&bytes).unwrap()),
+        });
+        let mut held = self.held.lock().unwrap();
+        while *held {
+            held = self.released.wait(held).unwrap();
+        }
+        // Or a panic below would poison it for all further calls.
+        drop(held);
+        let script = self.script.lock().unwrap().pop_front();
+        let failing = match script {
+            Some(Script::Refuse(bdf, code, busy)) => return Err(vec![fault(bdf.parse().unwrap(), code, busy)]),
+            Some(Script::Panic) => panic!("as told"),
+            Some(Script::Fail(bdf, code)) => Some((bdf, code)),
+            None => None,
+        };
+        let result = |device: &PciFunction| match failing {
+            Some((bdf, code)) if device.bdf.to_string() == bdf => Err(fault(device.bdf, code, false)),
+            _ => Ok(Verified {
+                configured: target.to_string(),
+                active: target.to_string(),
+                at: jiff::Timestamp::now(),
+                was_reset: true,
+            }),
+        };
+        Ok(devices.iter().map(|device| DeviceResult { bdf: device.bdf, result: result(device) }).collect())
+    }
+}
+
+struct World {
+    here: tempfile::TempDir,
+    sysfs: FakeSysfs,
+    api: FakeApi,
+    firmware: Arc<FakeFirmware>,
+}
+
+struct Agent {
+    shutdown: Shutdown,
+    readiness: Registry,
+    metrics: Metrics,
+    running: JoinHandle<()>,
+}
+
+impl Agent {
+    async fn stop(self) {
+        self.shutdown.trigger();
+        tokio::time::timeout(Duration::from_secs(5), self.running).await.unwrap().unwrap();
+    }
+}
+
+impl World {
+    fn new(gpus: &[(&str, u16)]) -> Self {
+        let here = tempfile::tempdir().unwrap();
+        let sysfs = FakeSysfs::new();
+        sysfs.tee(Tee::SevSnp);
+        for (index, (bdf, device)) in gpus.iter().enumerate() {
+            sysfs.gpu(*bdf, *device).group(u32::try_from(index).unwrap() + 1);
+        }
+        let api = FakeApi::new("n1");
+        let firmware = Arc::new(FakeFirmware {
+            api: api.clone(),
+            file: here.path().join("state").join(DEVICES_FILE),
+            script: Mutex::default(),
+            calls: Mutex::default(),
+            held: Mutex::new(false),
+            released: Condvar::new(),
+        });
+        Self { here, sysfs, api, firmware }
+    }
+
+    fn start(&self) -> Agent {
+        self.start_with("on", Duration::from_secs(30))
+    }
+
+    fn start_with(&self, default_mode: &str, resync: Duration) -> Agent {
+        let node = NodeClient::new(self.api.client(), "n1", "test").with_timing(Timing {
+            first_delay: Duration::from_millis(5),
+            last_delay: Duration::from_millis(20),
+            ..Timing::default()
+        });
+        let settings = Settings {
+            default_mode: default_mode.to_owned(),
+            readiness_file: self.readiness_file(),
+            state_dir: self.here.path().join("state"),
+            resync,
+            retry_min: Duration::from_millis(20),
+            retry_max: Duration::from_millis(40),
+            grace: Duration::from_millis(300),
+        };
+        let root = self.sysfs.root();
+        let (readiness, metrics, shutdown) = (Registry::default(), Metrics::new(), Shutdown::manual());
+        let controller = Controller::new(
+            settings,
+            node.clone(),
+            Arc::clone(&self.firmware),
+            move || Inventory::scan(&root),
+            &readiness,
+            &metrics,
+        );
+        let token = shutdown.clone();
+        let running = tokio::spawn(async move {
+            tokio::select! {
+                never = node.watch() => match never {},
+                () = controller.run(token) => {}
+            }
+        });
+        Agent { shutdown, readiness, metrics, running }
+    }
+
+    fn readiness_file(&self) -> PathBuf {
+        self.here.path().join("validations/.cc-manager-ctr-ready")
+    }
+
+    fn file(&self) -> Option<DevicesFile> {
+        serde_json::from_slice(&std::fs::read(&self.firmware.file).ok()?).ok()
+    }
+
+    fn state(&self) -> (Option<String>, Option<String>) {
+        let labels = self.api.labels();
+        (labels.get(labels::CC_MODE_STATE).cloned(), labels.get(labels::CC_READY_STATE).cloned())
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let annotations = self.api.annotations();
+        annotations
+            .get(annotations::CC_STATUS)
+            .map_or(serde_json::Value::Null, |text| serde_json::from_str(text).unwrap())
+    }
+
+    async fn until_state(&self, mode: &str, ready: &str) {
+        until(&format!("{mode} {ready:?}"), || self.state() == (Some(mode.to_owned()), Some(ready.to_owned()))).await;
+    }
+}
+
+async fn until(what: &str, mut done: impl FnMut() -> bool) {
+    for _ in 0..1000 {
+        if done() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("not within 5 s: {what}");
+}
+
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(120)).await;
+}
+
+#[tokio::test]
+async fn the_label_becomes_the_mode_of_all_gpus() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    // Left by an earlier boot: nothing here may be believed.
+    world.api.set_label(labels::CC_MODE_STATE, Some("on"));
+    world.api.set_label(labels::CC_READY_STATE, Some("true"));
+    world.api.set_label(labels::CC_MODE, Some("on"));
+    let agent = world.start();
+    until("devices are changed", || !world.firmware.calls().is_empty()).await;
+    world.until_state("on", "true").await;
+
+    let patches = world.api.patches();
+    assert_eq!(patches.len(), 2, "two patches a transition: {patches:?}");
+    assert_eq!(patches[0].body, serde_json::json!({"metadata": {"labels": {"nvidia.com/cc.ready.state": ""}}}));
+    assert_eq!(patches[1].body["metadata"]["labels"], serde_json::json!({"nvidia.com/cc.ready.state": "true"}));
+    let calls = world.firmware.calls();
+    assert_eq!(calls.len(), 1);
+    assert_eq!((calls[0].devices.clone(), calls[0].target), (vec![A.to_owned(), B.to_owned()], Mode::On));
+    assert_eq!(calls[0].ready.as_deref(), Some(""), "the gate was shut when the devices were touched");
+    assert_eq!(calls[0].file["transition"]["target"], "on");
+    assert!(calls[0].file["devices"].as_array().unwrap().iter().all(|device| device["usable"] == false));
+
+    let file = world.file().unwrap();
+    assert!(file.transition.is_none() && file.devices.len() == 2);
+    assert!(file.devices.iter().all(|device| device.usable && device.active_mode.as_deref() == Some("on")));
+    assert_eq!(file.origin.node_uid.as_deref(), Some("uid-1"));
+    let status = world.status();
+    assert_eq!((&status["result"], &status["wanted"]), (&"applied".into(), &"on".into()));
+    assert_eq!(status["devices"][1]["bdf"], B);
+    assert_eq!(status["devices"][1]["activeMode"], "on");
+    until("readiness file", || world.readiness_file().exists()).await;
+    assert!(agent.readiness.is_ready());
+    let metrics = agent.metrics.encode().unwrap();
+    assert!(metrics.contains(r#"ccnode_cc_transitions_total{target="on",result="applied"} 1"#), "{metrics}");
+    assert!(metrics.contains(r#"ccnode_cc_device_verified_mode{device="0000:41:00.0",mode="on"} 1"#), "{metrics}");
+
+    for (label, mode, ready) in [("devtools", "devtools", ""), ("off", "off", "false"), ("on", "on", "true")] {
+        world.api.set_label(labels::CC_MODE, Some(label));
+        world.until_state(mode, ready).await;
+    }
+    assert_eq!(world.firmware.calls().len(), 4);
+    assert!(world.firmware.calls().iter().all(|call| call.ready.as_deref() == Some("")));
+    world.api.set_label(labels::CC_MODE, None);
+    settle().await;
+    assert_eq!(world.firmware.calls().len(), 4, "the default is what is");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_right_is_left_alone_across_restarts_and_resyncs() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start_with("on", Duration::from_millis(10));
+    world.until_state("on", "true").await;
+    settle().await;
+    agent.stop().await;
+    let patches = world.api.patches().len();
+    let agent = world.start_with("on", Duration::from_millis(10));
+    settle().await;
+    agent.stop().await;
+    assert_eq!(world.firmware.calls().len(), 1, "no device is touched again in this boot");
+    assert_eq!(world.api.patches().len(), patches, "nothing is written again");
+
+    world.sysfs.file("proc/sys/kernel/random/boot_id", "99999999-2222-4333-8444-555555555555\n");
+    let agent = world.start();
+    until("verified again in the next boot", || world.firmware.calls().len() == 2).await;
+    assert_eq!(world.firmware.calls()[1].ready.as_deref(), Some(""), "the first act of a boot is to shut the gate");
+    world.until_state("on", "true").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_interrupted_transition_is_done_again() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    world.firmware.hold(true);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("transition has begun", || world.firmware.calls().len() == 2).await;
+    agent.stop().await;
+    assert!(world.file().unwrap().transition.is_some());
+    assert_eq!(world.state(), (Some("on".to_owned()), Some(String::new())), "no claim while nobody knows");
+    world.firmware.hold(false);
+
+    // Even back to the old mode: what was verified before the transition counts no more.
+    world.api.set_label(labels::CC_MODE, Some("on"));
+    let agent = world.start();
+    until("done again", || world.firmware.calls().len() == 3).await;
+    world.until_state("on", "true").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_device_that_fails_is_named_and_tried_again_alone() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    for _ in 0..3 {
+        world.firmware.script(Script::Fail(B, "BootTimeout"));
+    }
+    let agent = world.start();
+    world.until_state("failed", "").await;
+    let status = world.status();
+    assert_eq!((&status["result"], &status["error"]["code"]), (&"failed".into(), &"BootTimeout".into()));
+    assert!(status["error"]["message"].as_str().unwrap().contains("0000:42:00.0: register 0x2000bc"), "{status}");
+    assert_eq!(status["devices"][0]["activeMode"], "on");
+    assert_eq!(status["devices"][1]["activeMode"], serde_json::Value::Null);
+    assert!(world.readiness_file().exists(), "the file follows even a failed attempt");
+    let file = world.file().unwrap();
+    assert!(file.devices[0].usable && !file.devices[1].usable);
+    assert!(agent.readiness.is_ready(), "a dead GPU is no failure of the agent");
+
+    world.until_state("on", "true").await;
+    let calls = world.firmware.calls();
+    assert_eq!(calls.len(), 4);
+    assert!(calls[1..].iter().all(|call| call.devices == [B]), "{calls:?}");
+    assert!(
+        calls[1..].iter().all(|call| call.file["transition"].is_null() && call.file["devices"][0]["usable"] == true)
+    );
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_device_in_use_is_waited_for_and_the_state_stays_true() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    for _ in 0..3 {
+        world.firmware.script(Script::Refuse(A, "InUse", true));
+    }
+    world.firmware.hold(true);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("second attempt", || world.firmware.calls().len() >= 2).await;
+    world.firmware.hold(false);
+    until("told", || world.status()["result"] == "busy").await;
+    assert_eq!(world.state(), (Some("on".to_owned()), Some(String::new())));
+    assert_eq!(world.status()["error"]["code"], "InUse");
+    world.until_state("off", "false").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn back_to_what_it_is_needs_no_device() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    for _ in 0..1000 {
+        world.firmware.script(Script::Refuse(A, "InUse", true));
+    }
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("told", || world.status()["result"] == "busy").await;
+    world.api.set_label(labels::CC_MODE, Some("on"));
+    world.until_state("on", "true").await;
+    assert!(world.firmware.calls()[1..].iter().all(|call| call.target == Mode::Off));
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_refusal_that_is_no_matter_of_use_is_a_failure() {
+    let world = World::new(&[(A, H100)]);
+    world.firmware.script(Script::Refuse(A, "NoGroupFile", false));
+    let agent = world.start();
+    world.until_state("failed", "").await;
+    world.until_state("on", "true").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_panic_in_the_firmware_is_a_failure_of_its_devices() {
+    let world = World::new(&[(A, H100)]);
+    world.firmware.script(Script::Panic);
+    let agent = world.start();
+    world.until_state("failed", "").await;
+    assert_eq!(world.status()["error"]["code"], "Interrupted");
+    world.until_state("on", "true").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_unknown_mode_touches_nothing() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    world.api.set_label(labels::CC_MODE, Some("bananas"));
+    world.until_state("failed", "").await;
+    let status = world.status();
+    assert_eq!(status["error"]["code"], "UnknownMode");
+    for part in ["nvidia.com/cc.mode", "bananas", "off, on, devtools, ppcie"] {
+        assert!(status["error"]["message"].as_str().unwrap().contains(part), "{status}");
+    }
+    settle().await;
+    assert_eq!(world.firmware.calls().len(), 1);
+    world.api.set_label(labels::CC_MODE, Some("on"));
+    world.until_state("on", "true").await;
+    assert_eq!(world.firmware.calls().len(), 1, "the GPUs had been right all along");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn the_latest_label_wins_after_the_change_under_way() {
+    let world = World::new(&[(A, H100)]);
+    let gates: Arc<Mutex<Vec<String>>> = Arc::default();
+    let seen = Arc::clone(&gates);
+    world.api.on_change(move |labels: &BTreeMap<String, String>| {
+        seen.lock().unwrap().extend(labels.get(labels::CC_READY_STATE).cloned());
+    });
+    world.firmware.hold(true);
+    let agent = world.start();
+    until("first change is under way", || world.firmware.calls().len() == 1).await;
+    for label in ["off", "devtools", "ppcie", "off"] {
+        world.api.set_label(labels::CC_MODE, Some(label));
+    }
+    settle().await;
+    world.firmware.hold(false);
+    world.until_state("off", "false").await;
+    let targets: Vec<Mode> = world.firmware.calls().iter().map(|call| call.target).collect();
+    assert_eq!(targets, [Mode::On, Mode::Off]);
+    assert!(gates.lock().unwrap().iter().all(|gate| gate != "true"), "the gate was never open on the way");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn hardware_waits_for_the_gate_and_the_result_for_the_api_server() {
+    let world = World::new(&[(A, H100)]);
+    for status in [500, 403, 429] {
+        world.api.fail_next(Method::PATCH, status);
+    }
+    let touched = Arc::clone(&world.firmware);
+    touched.hold(true);
+    let agent = world.start();
+    until("device is being changed", || touched.calls().len() == 1).await;
+    assert_eq!(world.api.patches().len(), 4, "three refused, one taken");
+    assert_eq!(touched.calls()[0].ready.as_deref(), Some(""));
+    touched.hold(false);
+    world.until_state("on", "true").await;
+
+    touched.hold(true);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("second change", || touched.calls().len() == 2).await;
+    for _ in 0..3 {
+        world.api.fail_next(Method::PATCH, 503);
+    }
+    touched.hold(false);
+    world.until_state("off", "false").await;
+    assert_eq!(touched.calls().len(), 2, "a result that cannot be published is no reason to change devices again");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn labels_changed_by_others_are_put_right() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    world.api.set_label(labels::CC_READY_STATE, Some("false"));
+    world.until_state("on", "true").await;
+    world.api.set_label(labels::CC_MODE_STATE, None);
+    world.until_state("on", "true").await;
+    assert_eq!(world.firmware.calls().len(), 1);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn without_tee_the_default_is_off_and_the_label_is_obeyed() {
+    let world = World::new(&[(A, H100)]);
+    world.sysfs.tee(Tee::None);
+    let agent = world.start();
+    world.until_state("off", "false").await;
+    world.api.set_label(labels::CC_MODE, Some("on"));
+    world.until_state("on", "true").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn mixed_nodes_fail_by_name_and_still_do_off() {
+    let world = World::new(&[(A, H100), (B, A100)]);
+    let agent = world.start();
+    world.until_state("failed", "").await;
+    let status = world.status();
+    assert_eq!(status["error"]["code"], "Unsupported");
+    assert!(status["error"]["message"].as_str().unwrap().contains(B), "{status}");
+    assert!(world.firmware.calls().is_empty());
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    world.until_state("off", "false").await;
+    assert_eq!(world.firmware.calls()[0].devices, [A]);
+    assert!(world.file().unwrap().devices.iter().all(|device| device.usable));
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_without_gpus_is_left_alone() {
+    let world = World::new(&[]);
+    let agent = world.start();
+    until("readiness file", || world.readiness_file().exists()).await;
+    assert_eq!(world.state(), (None, None));
+    assert!(world.api.patches().is_empty());
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn unreadable_devices_are_a_failure_and_not_an_absence() {
+    let world = World::new(&[]);
+    std::fs::remove_dir_all(world.sysfs.path().join("sys/bus/pci/devices")).unwrap();
+    let agent = world.start();
+    world.until_state("failed", "").await;
+    assert_eq!(world.status()["error"]["code"], "SysfsUnreadable");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn no_device_is_touched_when_the_others_cannot_be_told() {
+    let world = World::new(&[(A, H100)]);
+    std::fs::write(world.here.path().join("state"), "a file where the directory should be").unwrap();
+    let agent = world.start();
+    until("told", || world.status()["error"]["code"] == "StateFile").await;
+    settle().await;
+    assert!(world.firmware.calls().is_empty());
+    assert_eq!(world.state(), (None, Some(String::new())));
+    std::fs::remove_file(world.here.path().join("state")).unwrap();
+    world.until_state("on", "true").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_that_is_absent_is_waited_for() {
+    let world = World::new(&[(A, H100)]);
+    world.api.delete_node();
+    let agent = world.start();
+    settle().await;
+    assert!(world.firmware.calls().is_empty());
+    assert_eq!(agent.readiness.pending(), ["first-attempt", "node-watch"]);
+    world.api.create_node("uid-2");
+    world.until_state("on", "true").await;
+    assert_eq!(world.status()["nodeUid"], "uid-2");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn shutdown_ends_at_once_when_idle_and_within_the_grace_otherwise() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    let begun = std::time::Instant::now();
+    agent.stop().await;
+    assert!(begun.elapsed() < Duration::from_millis(200), "{:?}", begun.elapsed());
+
+    let agent = world.start();
+    world.firmware.hold(true);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("change is under way", || world.firmware.calls().len() == 2).await;
+    agent.shutdown.trigger();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!agent.running.is_finished(), "the change is given the grace");
+    world.firmware.hold(false);
+    world.until_state("off", "false").await;
+    agent.stop().await;
+}
