@@ -20,8 +20,6 @@ use super::state::{Shared, response_json};
 const CALL_DEADLINE: Duration = Duration::from_mins(2);
 /// Deadline of PreStartContainer, as in the real kubelet.
 const PRE_START_DEADLINE: Duration = Duration::from_secs(30);
-/// Pause before a container that could not be created is tried again.
-const RETRY: Duration = Duration::from_secs(10);
 
 /// Reason in the status of a pod whose devices could not be allocated.
 pub(crate) const UNEXPECTED: &str = "UnexpectedAdmissionError";
@@ -59,16 +57,34 @@ async fn start(shared: &Arc<Shared>, pod: &Pod) {
     if try_start(shared, pod).await {
         return;
     }
-    let (again, pod) = (shared.clone(), pod.clone());
+    keep_trying(shared, pod.clone());
+}
+
+fn keep_trying(shared: &Arc<Shared>, pod: Pod) {
+    let task = shared.clone();
     shared.spawn(async move {
         loop {
-            sleep(RETRY).await;
-            let waiting = |record: &Record| matches!(record.phase, Phase::Pending { .. });
-            if !again.state().pods.get(&pod.uid).is_some_and(waiting) || try_start(&again, &pod).await {
+            sleep(task.config.container_retry).await;
+            if !task.state().pods.get(&pod.uid).is_some_and(is_waiting) || try_start(&task, &pod).await {
                 return;
             }
         }
     });
+}
+
+fn is_waiting(record: &Record) -> bool {
+    matches!(record.phase, Phase::Pending { .. })
+}
+
+/// Takes up again, after a restart, the pods whose containers could not be created before it.
+pub(crate) fn resume_waiting(shared: &Arc<Shared>) {
+    let waiting: Vec<Pod> = {
+        let state = shared.state();
+        state.pods.values().filter(|record| is_waiting(record)).map(|record| record.pod.clone()).collect()
+    };
+    for pod in waiting {
+        keep_trying(shared, pod);
+    }
 }
 
 async fn try_start(shared: &Shared, pod: &Pod) -> bool {

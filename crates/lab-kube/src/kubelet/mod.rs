@@ -66,6 +66,8 @@ pub struct Config {
     pub dial_deadline: Duration,
     /// How long a resource outlives its plugin with zero allocatable.
     pub stop_grace: Duration,
+    /// Pause before a container that could not be created is tried again.
+    pub container_retry: Duration,
     /// Time between two looks at the node's status.
     pub node_status_frequency: Duration,
     /// Create the node object where it is missing.
@@ -88,6 +90,7 @@ impl Config {
             pod_resources_get: true,
             dial_deadline: Duration::from_secs(10),
             stop_grace: Duration::from_mins(5),
+            container_retry: Duration::from_secs(10),
             node_status_frequency: Duration::from_secs(10),
             register_node: true,
             seed: 0,
@@ -181,6 +184,8 @@ impl Kubelet {
             state.clients.clear();
             state.channels.clear();
             state.ending.clear();
+            // What had not started goes through admission again, as every pod does that the runtime does not know.
+            state.pods.retain(|_, record| !(record.api && matches!(record.phase, pods::Phase::Pending { .. })));
             state.same_boot = checkpoint.boot_id == checkpoint::boot_id();
             state.fresh_node = fresh_node;
             state.sources_ready = standalone;
@@ -203,6 +208,7 @@ impl Kubelet {
         if let Some(client) = &self.client {
             controller::spawn(&self.shared, client);
         }
+        admission::resume_waiting(&self.shared);
         *servers = Some(Servers { stop, tasks });
         info!(plugin_dir = %plugin_dir.display(), "Kubelet started");
         Ok(())

@@ -386,16 +386,25 @@ async fn pods_are_rejected_for_the_real_reasons_and_leave_no_trace() {
 
 #[tokio::test]
 async fn a_container_that_cannot_be_readied_waits_with_its_devices() {
-    let lab = Lab::new().await;
+    let lab = Lab::with(|config| config.container_retry = Duration::from_millis(20)).await;
     let mut toy = Toy::new(&[("0", "Healthy")]);
     toy.options.pre_start_required = true;
     toy.fail.lock().unwrap().insert("pre_start", Status::unavailable("not yet"));
-    lab.plug_in(toy).await;
+    let toy = lab.plug_in(toy).await;
     lab.wait(1).await;
     let outcome = lab.admit("a", 1).await;
     assert_eq!((outcome.phase.as_str(), outcome.reason.as_str()), ("Pending", "CreateContainerConfigError"));
     assert!(outcome.message.ends_with("rpc error: code = Unavailable desc = not yet"), "{}", outcome.message);
     assert_eq!(lab.ids("a"), ["0"]);
+    lab.kubelet.restart(Duration::ZERO).await.unwrap();
+    lab.serve(&toy, "p.sock");
+    lab.register("v1beta1", "p.sock", R).await.unwrap();
+    toy.fail.lock().unwrap().clear();
+    let deadline = tokio::time::Instant::now() + SOON;
+    while lab.kubelet.dump()["pods"][0]["phase"] != "Running" {
+        assert!(tokio::time::Instant::now() < deadline, "{}", lab.kubelet.dump()["pods"]);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test]
