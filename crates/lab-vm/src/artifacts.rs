@@ -294,6 +294,33 @@ impl Cache {
         entries.pop().map(|(_, manifest, path)| (path, manifest))
     }
 
+    /// Removes all that the lab has put there, and the folder itself if nothing else is in it.
+    ///
+    /// # Errors
+    ///
+    /// [`ArtifactError::File`], naming what cannot be removed; [`ArtifactError::Locked`].
+    pub fn clear(&self) -> Result<(), ArtifactError> {
+        if !self.0.exists() {
+            return Ok(());
+        }
+        let lock = self.lock()?;
+        for entry in fs::read_dir(&self.0).map_err(file_error("read", &self.0))?.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let ours = ["derived", "logs", "work"].contains(&&*name)
+                || ["busybox-", "kernel-", "qemu-"].iter().any(|prefix| name.starts_with(prefix));
+            if ours && entry.path().is_dir() {
+                fs::remove_dir_all(entry.path()).map_err(file_error("remove", &entry.path()))?;
+            }
+        }
+        let path = self.0.join("lock");
+        fs::remove_file(&path).map_err(file_error("remove", &path))?;
+        drop(lock);
+        // Not empty: somebody else's files are there, which stay.
+        let _ = fs::remove_dir(&self.0);
+        Ok(())
+    }
+
     /// A folder for things derived from given files, such as stripped copies.
     pub(crate) fn derived(&self) -> PathBuf {
         self.0.join("derived")
@@ -521,12 +548,10 @@ fn find_qemu(cache: &Cache) -> Option<Qemu> {
 fn system_qemu() -> Option<Qemu> {
     let path = steps::on_path("qemu-system-x86_64")?;
     let version = qemu_version(Command::new(&path).arg("--version"))?;
-    (parse_version(&version)? >= QEMU_OLDEST).then(|| Qemu {
-        command: vec![path],
-        data: Vec::new(),
-        modules: None,
-        version,
-    })
+    let enough = parse_version(&version)? >= QEMU_OLDEST;
+    // It can be built without.
+    let able = enough && Command::new(&path).args(["-device", "vfio-user-pci,help"]).output().ok()?.status.success();
+    able.then(|| Qemu { command: vec![path], data: Vec::new(), modules: None, version })
 }
 
 fn private_qemu(root: &Path, version: String) -> Qemu {
@@ -692,6 +717,21 @@ mod tests {
             fs::write(cache.path().join("busybox-aa-1").join(MANIFEST), text).unwrap();
             assert!(cache.find("busybox", "aa").is_none(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn clearing_takes_only_what_is_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::at(folder.path().join("cache"));
+        cache.clear().unwrap();
+        entry(&cache, "busybox-aa-1", "1");
+        fs::write(cache.path().join("kernel-notes.txt"), "mine").unwrap();
+        cache.clear().unwrap();
+        let left: Vec<_> = fs::read_dir(cache.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["kernel-notes.txt"]);
+        fs::remove_file(cache.path().join("kernel-notes.txt")).unwrap();
+        cache.clear().unwrap();
+        assert!(!cache.path().exists());
     }
 
     #[test]

@@ -299,7 +299,7 @@ impl Guest {
 
         let start = Instant::now();
         let cache = builder.artifacts.cache().derived();
-        let mut tree = Tree::base(&builder.artifacts, builder.kernel, &stripped(&agent, &cache)?)?;
+        let mut tree = Tree::base(&builder.artifacts, builder.kernel, &stripped(&agent, &cache)?, &builder.hostname)?;
         for (host, guest) in &builder.binaries {
             tree.add(&Add { host: stripped(host, &cache)?, guest: guest.clone() })?;
         }

@@ -106,7 +106,7 @@ impl Tree {
     /// # Errors
     ///
     /// [`ImageError`], if a file of the artifacts or the agent cannot be read.
-    pub fn base(artifacts: &Artifacts, kernel: Kernel, agent: &Path) -> Result<Self, ImageError> {
+    pub fn base(artifacts: &Artifacts, kernel: Kernel, agent: &Path, hostname: &str) -> Result<Self, ImageError> {
         let mut tree = Self::default();
         for folder in [
             "usr/bin",
@@ -148,7 +148,8 @@ impl Tree {
         tree.host_file(agent, Path::new("init"))?;
         tree.bytes("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")?;
         tree.bytes("etc/group", "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n")?;
-        tree.bytes("etc/hosts", "127.0.0.1 localhost lab\n10.0.2.2 host\n")?;
+        tree.bytes("etc/hosts", &format!("127.0.0.1 localhost\n10.0.2.15 {hostname}\n10.0.2.2 host\n"))?;
+        tree.bytes("etc/hostname", &format!("{hostname}\n"))?;
         tree.bytes("etc/resolv.conf", "nameserver 10.0.2.3\n")?;
         tree.bytes("etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n")?;
         tree.modules(artifacts, kernel)?;

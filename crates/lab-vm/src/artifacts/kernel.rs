@@ -82,7 +82,7 @@ impl BuildTools {
 
     fn make(&self, source: &Path) -> Command {
         let mut command = Command::new("nice");
-        command.arg("make").current_dir(source).env("LC_ALL", "C.UTF-8").env("KCONFIG_NONINTERACTIVE", "1");
+        command.arg("make").current_dir(source).env("LC_ALL", "C.UTF-8");
         command.args(["KBUILD_BUILD_USER=lab", "KBUILD_BUILD_HOST=lab"]);
         // Make's own settings of the caller are not meant for this build.
         for name in ["MAKEFLAGS", "MFLAGS", "MAKELEVEL", "CROSS_COMPILE", "ARCH", "KBUILD_OUTPUT"] {
