@@ -3,13 +3,17 @@
 use std::error::Error;
 use std::time::Duration;
 
-/// An error and its causes on one line: `Cannot write /sys/...: Device or resource busy (os error 16)`.
+/// An error and its causes on one line: `Cannot write /sys/...: Device or resource busy (os error 16)`. Causes that other
+/// people's errors have told in their own text already are left out.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
+        let part = cause.to_string();
+        if !text.ends_with(&part) {
+            text.push_str(": ");
+            text.push_str(&part);
+        }
         source = cause.source();
     }
     text

@@ -1,5 +1,6 @@
 //! The loop: watch the node, plan, act, publish.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,9 +69,9 @@ struct Memory {
     next_publish: Option<Instant>,
     retry: Backoff,
     api_retry: Backoff,
-    /// What was last said of the scan and of the plan, so that it is said once.
+    /// What was last said of the scan, and what of the plan since the label's last change, so that it is said once.
     problems: Vec<Problem>,
-    said: Option<String>,
+    said: BTreeSet<String>,
 }
 
 /// How a round ended.
@@ -105,7 +106,7 @@ impl<F: Firmware> Controller<F> {
             retry: Backoff::new(settings.retry_min, settings.retry_max),
             api_retry: Backoff::new(Duration::from_millis(500).min(settings.retry_min), Duration::from_secs(30)),
             problems: Vec::new(),
-            said: None,
+            said: BTreeSet::new(),
         };
         Self {
             node_seen: readiness.register("node-watch"),
@@ -158,7 +159,7 @@ impl<F: Firmware> Controller<F> {
             tracing::info!(event = "label_seen", label = labels::CC_MODE, value = label, "Wanted mode seen");
             self.memory.label = Some(label.to_owned());
             self.memory.retry.reset();
-            self.memory.said = None;
+            self.memory.said.clear();
         }
         if relabelled || Instant::now() >= self.memory.next_round {
             let round = self.round(node, shutdown).await;
@@ -448,9 +449,8 @@ impl<F: Firmware> Controller<F> {
         error: &ErrorRecord,
         records: &[DeviceRecord],
     ) {
-        if self.memory.said.as_ref() != Some(&error.message) {
+        if self.memory.said.insert(error.message.clone()) {
             tracing::error!(event = "refused", code = error.code, "{}", error.message);
-            self.memory.said = Some(error.message.clone());
         }
         let known;
         let records = if records.is_empty() {
@@ -493,13 +493,12 @@ impl<F: Firmware> Controller<F> {
 
     /// Logs once what does not change from round to round.
     fn say(&mut self, level: tracing::Level, text: &str) {
-        if self.memory.said.as_deref() != Some(text) {
+        if self.memory.said.insert(text.to_owned()) {
             if level == tracing::Level::WARN {
                 tracing::warn!("{text}");
             } else {
                 tracing::info!("{text}");
             }
-            self.memory.said = Some(text.to_owned());
         }
     }
 

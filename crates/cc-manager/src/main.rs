@@ -8,7 +8,7 @@ fn main() -> ExitCode {
     match cc_manager::run(cc_manager::Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("Error: {error:#}");
+            eprintln!("Error: {}", agent_core::text::chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -13,7 +13,7 @@ pub(crate) enum Verdict {
     Applied(Mode),
     /// An attempt failed, or what was asked for is impossible.
     Failed,
-    /// No attempt could begin, because devices are in use: the mode is what it was.
+    /// No attempt could begin, because devices are in use or the state file cannot be written: the mode is what it was.
     NotBegun,
 }
 
@@ -22,7 +22,7 @@ impl Verdict {
         match self {
             Self::Applied(_) => "applied",
             Self::Failed => "failed",
-            Self::NotBegun => "busy",
+            Self::NotBegun => "not-begun",
         }
     }
 
@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(one, Publication::new(Verdict::NotBegun, facts));
         assert_eq!(
             one.status,
-            r#"{"schema":1,"nodeUid":"u","bootId":"b","wanted":"on","result":"busy","error":{"code":"InUse","message":"0000:41:00.0: in use"},"devices":[]}"#
+            r#"{"schema":1,"nodeUid":"u","bootId":"b","wanted":"on","result":"not-begun","error":{"code":"InUse","message":"0000:41:00.0: in use"},"devices":[]}"#
         );
         let change = one.change();
         assert_eq!(change.labels.len(), 1, "a change that did not begin leaves cc.mode.state alone");

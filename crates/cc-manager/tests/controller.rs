@@ -357,7 +357,7 @@ async fn a_device_in_use_is_waited_for_and_the_state_stays_true() {
     world.api.set_label(labels::CC_MODE, Some("off"));
     until("second attempt", || world.firmware.calls().len() >= 2).await;
     world.firmware.hold(false);
-    until("told", || world.status()["result"] == "busy").await;
+    until("told", || world.status()["result"] == "not-begun").await;
     assert_eq!(world.state(), (Some("on".to_owned()), Some(String::new())));
     assert_eq!(world.status()["error"]["code"], "InUse");
     world.until_state("off", "false").await;
@@ -373,7 +373,7 @@ async fn back_to_what_it_is_needs_no_device() {
         world.firmware.script(Script::Refuse(A, "InUse", true));
     }
     world.api.set_label(labels::CC_MODE, Some("off"));
-    until("told", || world.status()["result"] == "busy").await;
+    until("told", || world.status()["result"] == "not-begun").await;
     world.api.set_label(labels::CC_MODE, Some("on"));
     world.until_state("on", "true").await;
     assert!(world.firmware.calls()[1..].iter().all(|call| call.target == Mode::Off));

@@ -134,17 +134,6 @@ impl NodeError {
 
     /// The error and all its causes in one line.
     pub fn line(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            let part = error.to_string();
-            // kube's errors print their source themselves.
-            if !text.contains(&part) {
-                text.push_str(": ");
-                text.push_str(&part);
-            }
-            cause = error.source();
-        }
-        text
+        agent_core::text::chain(self)
     }
 }
