@@ -1,3 +1,16 @@
-//! The laboratory: a node with virtual GPUs under a real kernel, and stand-ins of Kubernetes around it.
+//! `cargo lab`: the laboratory's command.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod args;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    args::Cli::parse().run().unwrap_or_else(|error| {
+        eprintln!("lab: {error:#}");
+        ExitCode::from(125)
+    })
+}

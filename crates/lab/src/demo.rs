@@ -1,0 +1,209 @@
+//! The road, end to end, as a timeline that a person can follow.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use lab_devices::{Kind, TraceEvent};
+use serde_json::{Value, json};
+
+use crate::boot::Boot;
+use crate::node::{Agent, CC_MODE, CC_MODE_STATE, CC_READY_STATE, NODE, Node, field};
+use crate::timeline::Timeline;
+
+/// What the pods ask for.
+const RESOURCE: &str = "nvidia.com/pgpu";
+
+/// The pod of the demo.
+const POD: &str = "model";
+
+/// Time that the whole change of modes may take.
+const CHANGE: Duration = Duration::from_mins(1);
+
+/// Time for a single step of the agents and the kubelet.
+const STEP: Duration = Duration::from_secs(30);
+
+/// Low bits of the status register of a GPU that runs with CC on (gpu-cc-protocol section 6.4, example 5).
+const CC_ON: u32 = 0x01;
+
+/// The bits of the status register that say the mode: CC, devtools, PPCIe.
+const MODE_BITS: u32 = 0x23;
+
+/// Boots the node, walks the road and prints the timeline. Succeeds only if the pod got its GPU and the registers of every
+/// device say that CC is on.
+pub fn run(topology: &str, as_json: bool) -> anyhow::Result<ExitCode> {
+    let began = Instant::now();
+    let mut node = Node::start(Boot::new(topology)?, &[(CC_MODE, "off")])?;
+    let outcome = road(&mut node);
+    let timeline = timeline(&node);
+    let devices: Vec<Value> = node.gpus().iter().map(|name| state(&node, name)).collect::<Result<_, _>>()?;
+    if as_json {
+        let moments: Vec<Value> = timeline
+            .moments()
+            .iter()
+            .map(|moment| json!({"seconds": moment.at.as_secs_f64(), "actor": moment.actor, "text": moment.text}))
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&json!({"timeline": moments, "devices": devices}))?);
+    } else {
+        println!("The road, on {topology} (kernel {}; seconds since its boot began):\n", node.guest.kernel_release());
+        print!("{}", timeline.render());
+        println!("\nAt the end:");
+        for device in &devices {
+            println!(
+                "  {}  {}  mode {} (register {})  knobs {}  {} resets",
+                text(&device["name"]),
+                text(&device["bdf"]),
+                text(&device["mode"]),
+                text(&device["register"]),
+                text(&device["knobs"]),
+                device["resets"]
+            );
+        }
+    }
+    let resolved = outcome.map_err(|error| error.context(node.logs()))?;
+    for name in node.gpus() {
+        let word = node.device(&name)?.status_word;
+        ensure!(word & MODE_BITS == CC_ON, "{name}: The status register is {word:#x}: CC is not on");
+    }
+    if !as_json {
+        println!("\nKata would plug {resolved} into the pod's virtual machine.");
+        println!("Done in {:.1} s.", began.elapsed().as_secs_f64());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The road itself; what Kata would plug in.
+fn road(node: &mut Node) -> anyhow::Result<String> {
+    node.start_all()?;
+    node.await_state("off", "false", CHANGE)?;
+    let count = node.gpus().len();
+    node.await_allocatable(RESOURCE, count, STEP)?;
+    node.ask_for("on")?;
+    node.await_state("on", "true", CHANGE)?;
+    node.await_allocatable(RESOURCE, count, STEP)?;
+    node.create_pod(POD, RESOURCE, 1)?;
+    node.await_pod(POD, "Running", STEP)?;
+    let resolved = node.look_json(&["lab-kubelet", "resolve", &format!("default/{POD}")])?;
+    let device = resolved["devices"].get(0).context("The pod has no device")?;
+    Ok(format!("{} as {} ({})", text(&device["bdfs"][0]), text(&device["nodes"][0]), text(&device["cdi"])))
+}
+
+/// The exact state of a device.
+fn state(node: &Node, name: &str) -> anyhow::Result<Value> {
+    let status = node.device(name)?;
+    let knobs: Vec<String> = [6, 8, 10, 45]
+        .iter()
+        .filter_map(|knob| status.knobs.get(knob).map(|value| format!("{knob}={value}")))
+        .collect();
+    let mode = match status.status_word & MODE_BITS {
+        0 => "off",
+        1 => "on",
+        3 => "devtools",
+        0x20 => "ppcie",
+        _ => "invalid",
+    };
+    Ok(json!({
+        "name": name,
+        "bdf": node.guest.bdf(name)?,
+        "mode": mode,
+        "register": format!("{:#04x}", status.status_word),
+        "knobs": knobs.join(" "),
+        "resets": status.flrs,
+    }))
+}
+
+/// Everything that happened, from four sources: the node object, the agents' logs, the devices and the kubelet.
+fn timeline(node: &Node) -> Timeline {
+    let mut timeline = Timeline::default();
+    let started = node.started();
+    let since = |at: Instant| at.saturating_duration_since(started);
+    timeline.add(Duration::ZERO, "lab", "boots a node with virtual GPUs");
+    labels(node, &mut timeline, since);
+    for agent in node.agents() {
+        agent_moments(agent, &mut timeline, since);
+    }
+    // The clock of the trace began with the fleet; both are read now to bring them together.
+    let (trace_now, now) = (Duration::from_micros(node.guest.fleet().micros()), since(Instant::now()));
+    let offset = now.saturating_sub(trace_now);
+    let from = node.agents().first().map_or(Duration::ZERO, |agent| since(agent.started()));
+    device_moments(&node.trace(), offset, from, &mut timeline);
+    if let Some(pod) = node.api.get("pods", "default", POD) {
+        let phase = text(&pod["status"]["phase"]).to_owned();
+        if let Some((at, _)) = node.agent("device-plugin").ok().and_then(|agent| agent.events("allocated").pop()) {
+            timeline.add(since(at), "kubelet", format!("pod {POD} admitted, now {phase}"));
+        }
+    }
+    timeline
+}
+
+fn labels(node: &Node, timeline: &mut Timeline, since: impl Fn(Instant) -> Duration) {
+    let mut before = std::collections::BTreeMap::new();
+    for entry in node.api.history(NODE) {
+        for key in [CC_MODE, CC_MODE_STATE, CC_READY_STATE] {
+            let value = entry.labels.get(key);
+            if value != before.get(key) {
+                let actor = if key == CC_MODE { "person" } else { "node object" };
+                let value = value.map_or_else(|| "none".to_owned(), |value| format!("{value:?}"));
+                timeline.add(since(entry.at), actor, format!("{key} = {value}"));
+            }
+        }
+        before = entry.labels;
+    }
+}
+
+fn agent_moments(agent: &Agent, timeline: &mut Timeline, since: impl Fn(Instant) -> Duration) {
+    for (at, line) in agent.log() {
+        let Ok(line) = serde_json::from_str::<Value>(&line) else { continue };
+        let Some(event) = field(&line, "event") else { continue };
+        if event.ends_with("_begun") || event == "device_knob_written" {
+            continue;
+        }
+        let message = field(&line, "message").unwrap_or(event);
+        let fields: Vec<String> =
+            ["device", "unit", "mode", "target", "driver", "resource", "units", "ids", "path", "code", "reason"]
+                .iter()
+                .filter_map(|name| Some(format!("{name}={}", shown(&line, name)?)))
+                .collect();
+        timeline.add(since(at), &agent.name, format!("{message} {}", fields.join(" ")).trim_end());
+    }
+}
+
+/// A field of a log line, whatever its type.
+fn shown(line: &Value, name: &str) -> Option<String> {
+    let value = line["fields"].get(name).or_else(|| line.get(name))?;
+    Some(value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned))
+}
+
+/// Knob writes, resets and boots, as the devices themselves saw them, from when the first agent was started.
+fn device_moments(trace: &[TraceEvent], offset: Duration, from: Duration, timeline: &mut Timeline) {
+    for event in trace {
+        let at = Duration::from_micros(event.micros) + offset;
+        if at < from {
+            continue;
+        }
+        let what = match event.kind {
+            Kind::Flr => "function-level reset".to_owned(),
+            Kind::BusReset => "bus reset".to_owned(),
+            Kind::Ready => format!("booted; status register {:#04x}", event.value),
+            _ => continue,
+        };
+        timeline.add(at, event.device.to_string(), what);
+    }
+    for device in devices(trace) {
+        for rpc in lab_devices::trace::rpcs(trace, &device) {
+            let at = Duration::from_micros(rpc.micros) + offset;
+            let [_, _, command, value] = rpc.request.as_slice() else { continue };
+            if at >= from && command & 0xff == 0x0d {
+                timeline.add(at, &device, format!("knob {} staged: {value}", command >> 16));
+            }
+        }
+    }
+}
+
+fn devices(trace: &[TraceEvent]) -> std::collections::BTreeSet<String> {
+    trace.iter().map(|event| event.device.to_string()).collect()
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or("?")
+}

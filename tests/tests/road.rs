@@ -1,0 +1,132 @@
+//! The whole road with the three agents: label, registers, bindings, kubelet and CDI file after each change.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{CHANGE, MODE_BITS, PGPU, STEP, bound_to_vfio, expected, gpu_bdfs, node, registers_say};
+use lab::Node;
+use lab::node::{CC_MODE, CC_MODE_STATE, CC_READY_STATE, NODE};
+use lab_devices::Kind;
+
+/// A pod that asks for all GPUs gets them, and Kata would plug in exactly those.
+fn a_pod_gets_all_gpus(node: &Node, name: &str) -> Result<()> {
+    let bdfs = gpu_bdfs(node)?;
+    node.create_pod(name, PGPU, bdfs.len())?;
+    node.await_pod(name, "Running", STEP)?;
+    let resolved = node.look_json(&["lab-kubelet", "resolve", &format!("default/{name}")])?;
+    let devices = resolved["devices"].as_array().context("no devices")?;
+    let plugged: BTreeSet<String> =
+        devices.iter().filter_map(|device| device["bdfs"][0].as_str().map(ToOwned::to_owned)).collect();
+    ensure!(plugged == bdfs, "Kata would plug {plugged:?}, not {bdfs:?}");
+    for device in devices {
+        let node = device["nodes"][0].as_str().unwrap_or_default();
+        ensure!(node.starts_with("/dev/vfio/devices/vfio"), "{device}");
+    }
+    node.api.delete("pods", "default", name, Some(0))?;
+    Ok(())
+}
+
+/// The CDI file that the plugin wrote is the one of the contract, and names every GPU.
+fn the_cdi_file_is_right(node: &Node) -> Result<()> {
+    let text = String::from_utf8(node.guest.get_file("/var/run/cdi/nvidia.com-pgpu.yaml")?)?;
+    for wanted in ["---", "cdiVersion: 0.5.0", "kind: nvidia.com/pgpu", "path: /dev/vfio/devices/vfio"] {
+        ensure!(text.contains(wanted), "no {wanted:?} in:\n{text}");
+    }
+    for bdf in gpu_bdfs(node)? {
+        ensure!(text.contains(&bdf), "no {bdf} in:\n{text}");
+    }
+    Ok(())
+}
+
+/// What the kubelet was told: every GPU by its address, healthy, and with nothing else beside them.
+fn the_kubelet_knows_all_gpus(node: &Node) -> Result<()> {
+    let dump = node.kubelet()?;
+    let devices = dump["resources"][PGPU]["devices"].as_array().context("the kubelet knows no such resource")?;
+    let ids: BTreeSet<String> =
+        devices.iter().filter_map(|device| device["id"].as_str().map(ToOwned::to_owned)).collect();
+    ensure!(ids == gpu_bdfs(node)?, "{dump:#}");
+    ensure!(devices.iter().all(|device| device["health"] == "Healthy"), "{dump:#}");
+    Ok(())
+}
+
+fn arrives(node: &Node, mode: &str, ready: &str) -> Result<()> {
+    node.await_state(mode, ready, CHANGE)?;
+    registers_say(node, mode)?;
+    bound_to_vfio(node)?;
+    node.await_allocatable(PGPU, node.gpus().len(), STEP)?;
+    the_kubelet_knows_all_gpus(node)?;
+    the_cdi_file_is_right(node)?;
+    a_pod_gets_all_gpus(node, &format!("pod-{mode}-{}", node.api.resource_version()))
+}
+
+/// At no moment does the node object promise what a device does not keep: whenever the ready state is `"true"` or
+/// `"false"`, every GPU had last booted in the mode that the state label names.
+fn the_labels_never_lied(node: &Node) -> Result<()> {
+    let fleet = node.guest.fleet();
+    let (now, trace_now) = (std::time::Instant::now(), fleet.micros());
+    let trace = node.trace();
+    let mut looked_at = 0;
+    for entry in node.api.history(NODE) {
+        let label = |key: &str| entry.labels.get(key).map(String::as_str).unwrap_or_default();
+        if label(CC_READY_STATE).is_empty() {
+            continue;
+        }
+        let age = u64::try_from(now.saturating_duration_since(entry.at).as_micros())?;
+        let at = trace_now.saturating_sub(age);
+        for name in node.gpus() {
+            let booted = trace
+                .iter()
+                .rfind(|event| event.kind == Kind::Ready && *event.device == name[..] && event.micros <= at);
+            let word = booted.with_context(|| format!("{name} has never booted"))?.value;
+            let wanted = u64::from(expected(label(CC_MODE_STATE)).0);
+            ensure!(word & u64::from(MODE_BITS) == wanted, "{:?} while {name} runs with {word:#x}", entry.labels);
+            looked_at += 1;
+        }
+    }
+    ensure!(looked_at > 0, "the node was never ready");
+    Ok(())
+}
+
+/// After each request for another mode the gate is closed before the first knob is written.
+fn the_gate_closed_first(node: &Node) -> Result<()> {
+    let history = node.api.history(NODE);
+    let fleet = node.guest.fleet();
+    let (now, trace_now) = (std::time::Instant::now(), fleet.micros());
+    let writes: Vec<u64> = node
+        .gpus()
+        .iter()
+        .flat_map(|name| lab_devices::trace::rpcs(&node.trace(), name))
+        .filter(|rpc| rpc.request.get(2).is_some_and(|word| word & 0xff == 0x0d))
+        .map(|rpc| rpc.micros)
+        .collect();
+    ensure!(!writes.is_empty(), "no knob was ever written");
+    for write in writes {
+        let age = std::time::Duration::from_micros(trace_now.saturating_sub(write));
+        let last = history.iter().rfind(|entry| now.saturating_duration_since(entry.at) > age);
+        let ready = last.and_then(|entry| entry.labels.get(CC_READY_STATE));
+        ensure!(ready.is_some_and(String::is_empty), "a knob was written while {CC_READY_STATE} was {ready:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn off_on_devtools_off() -> Result<()> {
+    let Some(mut node) = node("h100x2", &[(CC_MODE, "off")])? else { return Ok(()) };
+    node.start_all()?;
+    arrives(&node, "off", "false")?;
+    let resets =
+        |node: &Node| -> Result<Vec<u64>> { node.gpus().iter().map(|name| Ok(node.device(name)?.flrs)).collect() };
+    let before = resets(&node)?;
+    for (mode, ready) in [("on", "true"), ("devtools", ""), ("off", "false")] {
+        node.ask_for(mode)?;
+        arrives(&node, mode, ready).with_context(|| format!("on the way to {mode}\n{}", node.logs()))?;
+    }
+    let after = resets(&node)?;
+    let counts: Vec<u64> = after.iter().zip(&before).map(|(after, before)| after - before).collect();
+    assert_eq!(counts, [3, 3], "one reset a device and change, and no other");
+    the_labels_never_lied(&node)?;
+    the_gate_closed_first(&node)?;
+    assert!(node.guest.get_file("/run/nvidia/validations/.cc-manager-ctr-ready").is_ok());
+    assert!(node.agents().iter().all(lab::node::Agent::is_running), "{}", node.logs());
+    Ok(())
+}
