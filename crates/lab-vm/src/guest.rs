@@ -639,15 +639,13 @@ impl Vm {
         // From here on every way out ends QEMU.
         let pending = Pending { shared: Arc::clone(&shared), supervisor: Some(supervisor) };
         let deadline = Instant::now() + boot_timeout;
-        let failed = || match pending.shared.lock().ended.clone() {
-            Some(reason) => {
-                GuestError::Ended { reason, errors: pending.shared.errors(), console: tail(machine.console) }
+        let failed = || {
+            let (errors, console) = (pending.shared.errors(), tail(machine.console));
+            let ended = pending.shared.lock().ended.clone();
+            match ended {
+                Some(reason) => GuestError::Ended { reason, errors, console },
+                None => GuestError::BootTimeout { after: boot_timeout, errors, console },
             }
-            None => GuestError::BootTimeout {
-                after: boot_timeout,
-                errors: pending.shared.errors(),
-                console: tail(machine.console),
-            },
         };
         let accept = |listener: &UnixListener| -> Result<UnixStream, GuestError> {
             loop {

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use crate::image::ImageError;
 
 /// Copies of files that have changed since are kept for a while: another guest may be reading one.
-const KEPT: Duration = Duration::from_hours(24);
+const KEPT: Duration = Duration::from_mins(10);
 
 /// A stripped copy of a program, made once for each state of it. The program itself, if there is no `strip` here.
 pub(crate) fn stripped(program: &Path, cache: &Path) -> Result<PathBuf, ImageError> {

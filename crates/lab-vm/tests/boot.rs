@@ -161,59 +161,61 @@ fn processes_files_and_signals_work() {
     // Control connection; power.
     assert_eq!(guest.qmp(&json!({ "execute": "query-status" })).unwrap()["status"], "running");
     assert!(matches!(guest.bdf("gpu9"), Err(GuestError::NoDevice(_))));
-    let process = guest.spawn(Command::shell("sleep 300")).unwrap();
+    let obeys = guest.spawn(Command::new(["sleep", "300"])).unwrap();
     let start = Instant::now();
     guest.reboot().unwrap();
     eprintln!("power off and boot again: {:?}, {:?}", start.elapsed(), guest.boot_times());
-    assert!(matches!(process.wait(SOON), Err(AgentError::Gone)));
+    assert_eq!(obeys.wait(SOON).unwrap(), Status::Signaled(15));
     assert_eq!(text(&guest, "ls -A /a 2>/dev/null | wc -l"), "0");
+    let cut_off = guest.spawn(Command::new(["sleep", "300"])).unwrap();
     guest.power_cut();
+    assert!(matches!(cut_off.wait(SOON), Err(AgentError::Gone)));
     assert!(!guest.is_running());
     assert!(matches!(guest.shell("true", SOON), Err(GuestError::Off)));
 }
 
-/// A dynamic program of this host, with all it needs, as a folder for the guest.
-fn dynamic_program(folder: &Path) -> Option<(Vec<String>, String)> {
-    let python = Path::new("/usr/bin/python3").canonicalize().ok();
-    let program = python.clone().or_else(|| Path::new("/usr/bin/perl").canonicalize().ok())?;
-    let mut files = vec![program.clone()];
-    let mut extra = Vec::new();
-    let call = if let Some(python) = python {
+/// Copies a file or folder to the same place below `root`, links to files resolved as the loader would.
+fn copy(path: &Path, root: &Path) {
+    let place = root.join(path.strip_prefix("/").unwrap());
+    fs::create_dir_all(place.parent().unwrap()).unwrap();
+    let flags = if path.is_dir() { "-a" } else { "-L" };
+    assert!(HostCommand::new("cp").arg(flags).arg(path).arg(&place).status().unwrap().success(), "{}", path.display());
+}
+
+/// A dynamic program of this host, with all it needs, as a folder for the guest: how to call it, and what it prints.
+fn dynamic_program(root: &Path) -> Option<(Vec<String>, &'static str)> {
+    let find = |name: &str| Path::new("/usr/bin").join(name).canonicalize().ok();
+    let (program, script, expected) = if let Some(python) = find("python3") {
         let library = Path::new("/usr/lib").join(python.file_name()?);
-        let skip = ["test", "idlelib", "tkinter", "__pycache__", "dist-packages"];
-        HostCommand::new("cp")
-            .args(["-a", "--parents"])
-            .arg(&library)
-            .arg(folder)
-            .status()
-            .ok()
-            .filter(std::process::ExitStatus::success)?;
-        for name in skip {
-            let _ = fs::remove_dir_all(folder.join(library.strip_prefix("/").ok()?).join(name));
+        copy(&library, root);
+        // Most of it, and never asked for.
+        for name in ["test", "idlelib", "tkinter", "__pycache__", "dist-packages", "lib2to3"] {
+            let _ = fs::remove_dir_all(root.join(library.strip_prefix("/").unwrap()).join(name));
         }
-        extra.extend(fs::read_dir(library.join("lib-dynload")).ok()?.flatten().map(|entry| entry.path()));
-        let script =
-            "import hashlib, json, os; print(json.dumps([os.getpid() > 1, hashlib.sha256(b'').hexdigest()[:8]]))";
-        (vec![program.display().to_string(), "-c".to_owned(), script.to_owned()], "[true, \"e3b0c442\"]".to_owned())
+        let script = "import hashlib, json, os; print(json.dumps([os.getpid() > 1, hashlib.sha256(b'').hexdigest()[:8]]))";
+        (python, ["-c", script], "[true, \"e3b0c442\"]")
     } else {
-        (vec![program.display().to_string(), "-e".to_owned(), "print 6 * 7".to_owned()], "42".to_owned())
+        (find("perl")?, ["-e", "print 6 * 7"], "42")
     };
-    files.push(program);
-    let listed = HostCommand::new("ldd").args(files.iter().chain(&extra)).output().ok()?;
-    for word in String::from_utf8_lossy(&listed.stdout).split_ascii_whitespace().filter(|word| word.starts_with('/')) {
-        files.push(word.trim_end_matches(':').into());
+    let mut programs = vec![program.clone()];
+    for module in fs::read_dir(Path::new("/usr/lib").join(program.file_name()?).join("lib-dynload")).into_iter().flatten() {
+        programs.push(module.unwrap().path());
     }
-    for file in files {
-        // As the loader asks for them, links resolved.
-        HostCommand::new("cp")
-            .args(["-L", "--parents"])
-            .arg(&file)
-            .arg(folder)
-            .status()
-            .ok()
-            .filter(std::process::ExitStatus::success)?;
+    let listed = HostCommand::new("ldd").args(&programs).output().unwrap();
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let mut libraries: Vec<&Path> = listed
+        .split_ascii_whitespace()
+        .filter(|word| word.starts_with('/') && !word.ends_with(':'))
+        .map(Path::new)
+        .chain([program.as_path()])
+        .collect();
+    libraries.sort();
+    libraries.dedup();
+    for file in libraries {
+        copy(file, root);
     }
-    Some(call)
+    let [flag, script] = script.map(str::to_owned);
+    Some((vec![program.display().to_string(), flag, script], expected))
 }
 
 #[test]

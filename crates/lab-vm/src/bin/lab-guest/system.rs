@@ -143,13 +143,22 @@ fn network(problems: &mut Vec<String>) {
     }
 }
 
+/// Whether anything but init runs. Kernel threads and the dead have no program.
+fn programs_run() -> bool {
+    fs::read_dir("/proc").into_iter().flatten().flatten().any(|entry| {
+        let name = entry.file_name();
+        let process = name.to_string_lossy().parse::<u32>().is_ok_and(|pid| pid > 1);
+        process && fs::read_link(entry.path().join("exe")).is_ok()
+    })
+}
+
 /// Ends every process, then the machine. Returns only if the kernel refuses.
 pub(crate) fn power(power: &Power) {
     let everyone = Pid::from_raw(-1);
     if kill(everyone, Signal::SIGTERM).is_ok() {
         let deadline = Instant::now() + power.grace;
         // The reaper collects them; only their absence matters here.
-        while Instant::now() < deadline && kill(everyone, None).is_ok() {
+        while Instant::now() < deadline && programs_run() {
             thread::sleep(Duration::from_millis(10));
         }
         let _ = kill(everyone, Signal::SIGKILL);
