@@ -491,7 +491,12 @@ impl Guest {
 
     /// The last lines of the guest's console.
     pub fn console_tail(&self) -> String {
-        tail(&self.folder.path().join("console.log"))
+        tail(&self.console_path())
+    }
+
+    /// The whole console of the last boot; the file goes with the guest.
+    pub fn console_path(&self) -> PathBuf {
+        self.folder.path().join("console.log")
     }
 
     /// Whether QEMU runs.

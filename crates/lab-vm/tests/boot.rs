@@ -192,13 +192,16 @@ fn dynamic_program(root: &Path) -> Option<(Vec<String>, &'static str)> {
         for name in ["test", "idlelib", "tkinter", "__pycache__", "dist-packages", "lib2to3"] {
             let _ = fs::remove_dir_all(root.join(library.strip_prefix("/").unwrap()).join(name));
         }
-        let script = "import hashlib, json, os; print(json.dumps([os.getpid() > 1, hashlib.sha256(b'').hexdigest()[:8]]))";
+        let script =
+            "import hashlib, json, os; print(json.dumps([os.getpid() > 1, hashlib.sha256(b'').hexdigest()[:8]]))";
         (python, ["-c", script], "[true, \"e3b0c442\"]")
     } else {
         (find("perl")?, ["-e", "print 6 * 7"], "42")
     };
     let mut programs = vec![program.clone()];
-    for module in fs::read_dir(Path::new("/usr/lib").join(program.file_name()?).join("lib-dynload")).into_iter().flatten() {
+    for module in
+        fs::read_dir(Path::new("/usr/lib").join(program.file_name()?).join("lib-dynload")).into_iter().flatten()
+    {
         programs.push(module.unwrap().path());
     }
     let listed = HostCommand::new("ldd").args(&programs).output().unwrap();
@@ -230,7 +233,7 @@ fn a_dynamic_program_of_the_host_runs_when_added() {
     let output = guest.run(&argv, SOON).unwrap();
     assert_eq!(output.text(), expected, "{}", output.error_text());
     // The guest's own links are still there.
-    assert_eq!(text(&guest, "readlink /lib64 /bin"), "usr/lib64\nusr/bin");
+    assert_eq!(text(&guest, "readlink /lib64; readlink /bin"), "usr/lib64\nusr/bin");
 }
 
 #[test]
