@@ -117,7 +117,7 @@ fn a_node_object_that_is_not_there_and_a_kubelet_that_is_late_are_waited_for() -
     node.start_vfio_manager()?;
     node.start_cc_manager()?;
     node.start_device_plugin()?;
-    node.agent("cc-manager")?.process.wait_output(STEP, |text| text.contains(NODE) && text.contains("NodeNotFound"))?;
+    node.agent("cc-manager")?.process.wait_output(STEP, |text| text.contains(NODE) && text.contains("NodeAbsent"))?;
     node.api.add_node(NODE, &[(CC_MODE, "on")])?;
     node.await_state("on", "true", CHANGE)?;
     all_run(&node)?;

@@ -27,12 +27,16 @@ fn an_hgx_h100_is_told_with_names_groups_and_numa_nodes() -> Result<()> {
     let (gpus, switches) = (of("gpu"), of("nvswitch"));
     assert_eq!((gpus.len(), switches.len()), (8, 4));
     for gpu in &gpus {
-        assert_eq!(gpu["name"], "H100 SXM", "{gpu}");
+        assert_eq!((gpu["name"].as_str(), gpu["model"]["form_factor"].as_str()), (Some("H100"), Some("sxm")), "{gpu}");
         assert_eq!(gpu["model"]["architecture"], "hopper");
         assert_eq!(gpu["liveness"], "answers");
     }
     for switch in &switches {
-        assert_eq!(switch["model"]["chip"], "ls10", "{switch}");
+        assert_eq!(
+            (switch["name"].as_str(), switch["model"]["chip"].as_str()),
+            (Some("NVSwitch_gen3"), Some("ls10")),
+            "{switch}"
+        );
     }
     let groups: BTreeSet<u64> = devices.iter().filter_map(|device| device["iommu_group"].as_u64()).collect();
     assert_eq!(groups.len(), 12, "every device has an IOMMU group of its own");

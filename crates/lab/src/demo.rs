@@ -153,24 +153,42 @@ fn labels(node: &Node, timeline: &mut Timeline, since: impl Fn(Instant) -> Durat
 
 fn agent_moments(agent: &Agent, timeline: &mut Timeline, since: impl Fn(Instant) -> Duration) {
     for (at, line) in agent.log() {
-        let Ok(line) = serde_json::from_str::<Value>(&line) else { continue };
-        let Some(event) = field(&line, "event") else { continue };
-        if event.ends_with("_begun") || event == "device_knob_written" {
-            continue;
+        if let Some(text) = serde_json::from_str(&line).ok().and_then(|line| told(&line)) {
+            timeline.add(since(at), &agent.name, text);
         }
-        let message = field(&line, "message").unwrap_or(event);
-        let fields: Vec<String> =
-            ["device", "unit", "mode", "target", "driver", "resource", "units", "ids", "path", "code", "reason"]
-                .iter()
-                .filter_map(|name| Some(format!("{name}={}", shown(&line, name)?)))
-                .collect();
-        timeline.add(since(at), &agent.name, format!("{message} {}", fields.join(" ")).trim_end());
     }
+}
+
+/// A log line as a step of the road; none for what is no step of it.
+fn told(line: &Value) -> Option<String> {
+    let get = |name| shown(line, name).unwrap_or_default();
+    let (device, unit, resource) = (get("device"), get("unit"), get("resource"));
+    Some(match field(line, "event")? {
+        "label_seen" => format!("sees the label: {}", get("value")),
+        "withdrawn" => "closes the node for GPU pods".to_owned(),
+        "transition_started" => format!("begins the change to {} of {} devices", get("mode"), get("devices")),
+        "device_owned" => format!("owns {device} by its VFIO group file"),
+        "device_staged" => {
+            format!("{device}: knobs staged and read back, {} written; runs with {}", get("writes"), get("booted_with"))
+        }
+        "device_reset" => format!("{device}: was reset"),
+        "device_booted" => format!("{device}: has booted"),
+        "device_verified" => format!("{device}: verified, register and knobs"),
+        "device_failed" => format!("{device}: {}", get("message")),
+        "published" => format!("published: state {}, ready {:?}", get("state"), get("ready")),
+        "device_bound" => format!("{device}: bound to {}", get("driver")),
+        "registered" => format!("registered {resource} with the kubelet, {} units", get("units")),
+        "cdi_written" => format!("wrote {} for {}", get("path"), get("devices")),
+        "unit_health" if get("healthy") == "true" => format!("offers {unit} as {resource} ({})", get("nodes")),
+        "unit_health" => format!("withdraws {unit}: {}", get("code")),
+        "allocated" => format!("Allocate: {} of {resource}", get("ids")),
+        _ => return None,
+    })
 }
 
 /// A field of a log line, whatever its type.
 fn shown(line: &Value, name: &str) -> Option<String> {
-    let value = line["fields"].get(name).or_else(|| line.get(name))?;
+    let value = line.get("fields").and_then(|fields| fields.get(name)).or_else(|| line.get(name))?;
     Some(value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned))
 }
 

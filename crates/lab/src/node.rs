@@ -141,11 +141,19 @@ impl Node {
         Ok(())
     }
 
-    /// Starts the kubelet stand-in.
+    /// Starts the kubelet stand-in, and waits until it answers.
     pub fn start_kubelet(&mut self) -> anyhow::Result<()> {
         let argv =
             ["lab-kubelet", "run", "--kubeconfig", "/etc/lab/kubelet.conf", "--node-status-update-frequency", "1"];
-        self.start_agent(&argv, &[("RUST_LOG", "info")])
+        self.start_agent(&argv, &[("RUST_LOG", "info")])?;
+        let deadline = Instant::now() + LOOK;
+        while let Err(error) = self.kubelet() {
+            if Instant::now() > deadline {
+                return Err(error.context(self.logs()));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
     }
 
     /// Starts vfio-manager's daemon.
