@@ -18,7 +18,16 @@ missing_packages() {
   done
   # The C library's headers come with no program of their own.
   [ -e /usr/include/stdio.h ] || packages="$packages libc6-dev"
+  # What the lab's kernel and QEMU are checked against; Ubuntu has it as a package.
+  [ -e "${CCNODE_LAB_DEBIAN_KEYRING:-/usr/share/keyrings/debian-archive-keyring.gpg}" ] || packages="$packages debian-archive-keyring"
   printf '%s' "${packages# }"
+}
+
+# The lab's kernel and QEMU are Debian's; another distribution has no mirror of them in its own package sources.
+ensure_debian_mirror() {
+  [ -n "${CCNODE_LAB_DEBIAN_MIRROR:-}" ] && return 0
+  grep -qs '^ID=debian$' /etc/os-release && return 0
+  die "this is not Debian: set CCNODE_LAB_DEBIAN_MIRROR to the URL of a Debian package mirror near you (the part before /dists), then run this again"
 }
 
 # Installs them as root, else says the one line that root has to run.
