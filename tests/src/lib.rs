@@ -45,10 +45,17 @@ pub fn lab_is_here() -> Result<bool> {
 
 /// Boots a node of this topology, with these labels; none where scenarios do not run.
 pub fn node(topology: &str, labels: &[(&str, &str)]) -> Result<Option<Node>> {
+    node_with(topology, labels, |_| {})
+}
+
+/// The same for a guest that is not quite as its topology says.
+pub fn node_with(topology: &str, labels: &[(&str, &str)], change: impl FnOnce(&mut Boot)) -> Result<Option<Node>> {
     if !lab_is_here()? {
         return Ok(None);
     }
-    Node::start(Boot::new(topology)?, labels).map(Some)
+    let mut boot = Boot::new(topology)?;
+    change(&mut boot);
+    Node::start(boot, labels).map(Some)
 }
 
 /// The bits of a GPU's status register that say its mode: CC, devtools, PPCIe (gpu-cc-protocol section 3).
