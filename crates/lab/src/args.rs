@@ -1,11 +1,14 @@
 //! The command line.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
+use lab::control::{self, Control};
 use lab::{Boot, demo};
 use lab_vm::{
     Add, AgentError, Artifacts, Cache, Command as GuestCommand, GuestError, Kernel, Stream, Wanted, exit_code,
@@ -32,6 +35,8 @@ enum Command {
     Prepare,
     /// The road, end to end: the node label `on` becomes a pod's confidential GPU.
     Demo(Demo),
+    /// Make something wrong with a device of a running guest, at once.
+    Fault(FaultArgs),
     /// The topologies that come with the lab.
     Topologies,
 }
@@ -56,6 +61,9 @@ struct Run {
     /// Keep the devices' knobs in this file from one run to the next.
     #[arg(long, value_name = "FILE")]
     knobs: Option<PathBuf>,
+    /// Take faults for the devices over this socket while the guest runs; `default` is where `cargo lab fault` looks.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// Words for the kernel's command line.
     #[arg(long, default_value = "")]
     append: String,
@@ -65,6 +73,17 @@ struct Run {
     /// The command and its arguments.
     #[arg(last = true, required = true)]
     argv: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct FaultArgs {
+    /// The run's control socket, as given to its --control.
+    #[arg(long, value_name = "SOCKET", default_value_os_t = control::default_path())]
+    control: PathBuf,
+    /// The device, by its name in the topology.
+    device: String,
+    /// The fault (`boot-never-completes`, `bar-all-ones`, `fsp-late-reply:MS`, ...), or `clear`, or `status`.
+    fault: String,
 }
 
 #[derive(Debug, Args)]
@@ -97,6 +116,14 @@ impl Cli {
                 Artifacts::ensure(&Cache::from_env()?, &Wanted::everything())?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Fault(FaultArgs { control, device, fault }) => {
+                let request = match fault.as_str() {
+                    "clear" | "status" => format!("{fault} {device}"),
+                    _ => format!("fault {device} {fault}"),
+                };
+                println!("{}", control::ask(&control, &request)?);
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Demo(Demo { topology, json }) => demo::run(&topology, json),
             Command::Topologies => {
                 for name in lab_vm::topology::shipped() {
@@ -110,7 +137,7 @@ impl Cli {
 
 impl Run {
     fn run(self) -> anyhow::Result<ExitCode> {
-        let Self { topology, kernel, add, timeout, trace, knobs, append, memory, argv } = self;
+        let Self { topology, kernel, add, timeout, trace, knobs, control, append, memory, argv } = self;
         let mut boot = Boot::new(&topology)?;
         boot.kernel = kernel;
         boot.adds = add;
@@ -120,6 +147,11 @@ impl Run {
         boot.memory_mib = memory;
         let timeout = Duration::from_secs(timeout);
         boot.lifetime = timeout + Duration::from_mins(5);
+        let control = match control {
+            Some(path) if path == Path::new("default") => Some(Control::listen(&control::default_path())?),
+            Some(path) => Some(Control::listen(&path)?),
+            None => None,
+        };
         let began = Instant::now();
         let mut guest = boot.guest()?;
         let command = GuestCommand::new(argv).on_output(|chunk| {
@@ -138,7 +170,16 @@ impl Run {
             Err(error) => return Err(error.into()),
         };
         let left = timeout.saturating_sub(began.elapsed());
-        let code = match process.wait(left) {
+        let stop = AtomicBool::new(false);
+        let ended = thread::scope(|scope| {
+            if let Some(control) = &control {
+                scope.spawn(|| control.serve(guest.fleet(), &stop));
+            }
+            let ended = process.wait(left);
+            stop.store(true, Ordering::Relaxed);
+            ended
+        });
+        let code = match ended {
             Ok(status) => exit_code(status),
             Err(AgentError::Timeout { .. }) => {
                 eprintln!("lab: the command has not ended in {} s", timeout.as_secs());

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod control;
 pub mod demo;
 pub mod node;
 pub mod programs;
