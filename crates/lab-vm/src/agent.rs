@@ -592,8 +592,8 @@ mod tests {
     fn refusals_and_silence_are_errors() {
         let (agent, _thread) = guest(vec![
             "{\"ev\":\"failed\",\"id\":1,\"message\":\"Cannot run x in /\",\"errno\":2}\n",
-            "{\"ev\":\"data\",\"id\":2,\"data\":\"Zm9v\"}\n{\"ev\":\"done\",\"id\":2}\n{\"ev\":\"started\",\"id\":3,\"pid\":7}\n",
-            "",
+            "{\"ev\":\"data\",\"id\":2,\"data\":\"Zm9v\"}\n{\"ev\":\"done\",\"id\":2}\n",
+            "{\"ev\":\"started\",\"id\":3,\"pid\":7}\n",
             "",
         ]);
         let error = agent.spawn(Command::new(["x"])).err().unwrap();
