@@ -364,7 +364,7 @@ mod tests {
     fn the_hosts_network_settings_are_taken_and_its_hooks_are_not() {
         let host = "APT::Update::Post-Invoke:: \"rm -rf /\";\nAcquire::http::Proxy \"http://p.example:3128\";\n\
                     Acquire::http::Proxy-Auto-Detect \"/bin/prog\";\nDir::Cache \"/var/cache/apt\";\n";
-        let text = configuration(Path::new("/work"), host);
+        let text = configuration(Path::new("/private"), host);
         assert!(text.contains("Acquire::http::Proxy \"http://p.example:3128\";\n"));
         for absent in ["Post-Invoke", "/bin/prog", "/var/cache/apt"] {
             assert!(!text.contains(absent), "{absent}");
