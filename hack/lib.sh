@@ -20,13 +20,24 @@ missing_packages() {
   [ -e /usr/include/stdio.h ] || packages="$packages libc6-dev"
   # What the lab's kernel and QEMU are checked against; Ubuntu has it as a package.
   [ -e "${CCNODE_LAB_DEBIAN_KEYRING:-/usr/share/keyrings/debian-archive-keyring.gpg}" ] || packages="$packages debian-archive-keyring"
+  # On Debian the lab takes what else a kernel build needs from the archive, without installing it.
+  if ! is_debian; then
+    for pair in flex:flex bison:bison m4:m4 openssl:openssl; do
+      command -v "${pair%%:*}" >/dev/null 2>&1 || packages="$packages ${pair#*:}"
+    done
+    for pair in libelf.h:libelf-dev zlib.h:zlib1g-dev openssl/ssl.h:libssl-dev; do
+      [ -e "/usr/include/${pair%%:*}" ] || packages="$packages ${pair#*:}"
+    done
+  fi
   printf '%s' "${packages# }"
 }
+
+is_debian() { grep -qs '^ID=debian$' /etc/os-release; }
 
 # The lab's kernel and QEMU are Debian's; another distribution has no mirror of them in its own package sources.
 ensure_debian_mirror() {
   [ -n "${CCNODE_LAB_DEBIAN_MIRROR:-}" ] && return 0
-  grep -qs '^ID=debian$' /etc/os-release && return 0
+  is_debian && return 0
   die "this is not Debian: set CCNODE_LAB_DEBIAN_MIRROR to the URL of a Debian package mirror near you (the part before /dists), then run this again"
 }
 
