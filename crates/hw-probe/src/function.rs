@@ -19,6 +19,10 @@ pub const DRIVER_UNREADABLE: &str = "(unreadable)";
 pub struct PciFunction {
     /// PCI address.
     pub bdf: Bdf,
+    /// Inode of its folder in sysfs. The kernel gives every folder there a number of its own and none twice in a boot, so
+    /// another number is another device, or one that was taken out and put back (its knobs may have changed meanwhile).
+    #[serde(skip)]
+    pub instance: Option<u64>,
     /// Vendor id (`0x10de` is NVIDIA).
     pub vendor: u16,
     /// Device id.

@@ -62,6 +62,7 @@ fn read(root: &SysRoot, bdf: Bdf, node: &mut Node) -> Option<PciFunction> {
     };
     Some(PciFunction {
         bdf,
+        instance: fs::metadata(root.function(bdf)).ok().map(|folder| folder.ino()),
         vendor,
         device,
         subsystem_vendor: node.parsed("subsystem_vendor", "a 16-bit id", id),

@@ -196,6 +196,28 @@ impl FakeSysfs {
         self
     }
 
+    /// Makes a process in `proc` that holds these files open.
+    pub fn process(&self, pid: u32, comm: &str, cgroup: &str, open: &[&str]) -> &Self {
+        self.file(format!("proc/{pid}/comm"), format!("{comm}\n"));
+        self.file(format!("proc/{pid}/cgroup"), cgroup);
+        let directory = self.path.join(format!("proc/{pid}/fd"));
+        fs::create_dir_all(&directory).expect("A directory of the fake tree can be made");
+        for (number, target) in open.iter().enumerate() {
+            symlink(target, directory.join(number.to_string())).expect("A link of the fake tree can be made");
+        }
+        self
+    }
+
+    /// Loads a kernel module, or builds it in.
+    pub fn module(&self, name: &str, built_in: bool) -> &Self {
+        let directory = format!("sys/module/{name}");
+        self.file(format!("{directory}/uevent"), "");
+        if !built_in {
+            self.file(format!("{directory}/initstate"), "live\n");
+        }
+        self
+    }
+
     /// Sets the lockdown mode; `Unknown` means a kernel that has no such file.
     pub fn lockdown(&self, lockdown: Lockdown) -> &Self {
         const PATH: &str = "sys/kernel/security/lockdown";

@@ -1,0 +1,395 @@
+//! What a person wants to know of the host besides [`crate::HostFacts`]: the evidence, not the verdict.
+
+use std::io;
+use std::path::Path;
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::mmap::map_without_access;
+use crate::sysfs::{Node, excerpt, read_head};
+use crate::{Inventory, Lockdown, SysRoot, Tee};
+
+/// Evidence about the host. Reading it opens no device; see [`LockdownFinding`] for the one thing that is tried.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostDetails {
+    /// Confidential virtual machines.
+    pub tee: TeeEvidence,
+    /// Kernel lockdown.
+    pub lockdown: LockdownFinding,
+    /// IOMMU groups, those of VFIO's no-IOMMU mode left out.
+    pub iommu_groups: u32,
+    /// Words of the kernel's command line that concern IOMMU, VFIO, lockdown, TEE and GPU drivers.
+    pub command_line: Vec<String>,
+    /// Width of physical addresses in bits, as the CPU says.
+    pub physical_address_bits: Option<u8>,
+    /// Whether the CPU says that it is a virtual one.
+    pub hypervisor: bool,
+    /// The kernel modules that matter here, in a fixed order.
+    pub modules: Vec<Module>,
+}
+
+/// What the host's kernel and CPU say of confidential virtual machines.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TeeEvidence {
+    /// The verdict, by KVM's module parameters alone.
+    pub tee: Tee,
+    /// The CPU's vendor, `AuthenticAMD` or `GenuineIntel`.
+    pub cpu_vendor: Option<String>,
+    /// Those of the CPU's flags that concern it: `sev`, `sev_es`, `sev_snp`, `tdx_host_platform`, `tme`.
+    pub cpu_flags: Vec<String>,
+    /// KVM's parameters that exist, with their text.
+    pub kvm_parameters: Vec<Parameter>,
+    /// Whether `/dev/kvm` exists.
+    pub dev_kvm: bool,
+    /// Whether `/dev/sev` exists (the AMD secure processor's driver has started).
+    pub dev_sev: bool,
+}
+
+/// A module parameter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parameter {
+    /// Path below the root.
+    pub path: String,
+    /// Its text.
+    pub value: String,
+}
+
+/// Lockdown and how it is known.
+///
+/// Without a lockdown file the running machine is asked: a page of a BAR of a function that no VFIO driver holds is mapped
+/// without access and unmapped at once. The kernel refuses that with `EPERM` before all else when it is locked down;
+/// no register is touched either way, but a refusal leaves a line in the kernel's log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockdownFinding {
+    /// The mode; `integrity` means at least that where it is inferred.
+    pub mode: Lockdown,
+    /// Whether it is inferred rather than read.
+    pub inferred: bool,
+    /// How it is known, or why not.
+    pub evidence: String,
+}
+
+/// A kernel module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Module {
+    /// Its name, with underscores.
+    pub name: String,
+    /// Where it is.
+    pub state: ModuleState,
+}
+
+/// Whether a module's code is in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ModuleState {
+    /// Loaded.
+    Loaded,
+    /// Part of the kernel.
+    BuiltIn,
+    /// On disk, not loaded.
+    Available,
+    /// Neither in the kernel nor on disk.
+    Missing,
+    /// Not in the kernel as far as is seen, and the kernel's list of modules cannot be read.
+    Unknown,
+}
+
+impl ModuleState {
+    /// Whether its code is in the running kernel.
+    pub fn is_present(self) -> bool {
+        matches!(self, Self::Loaded | Self::BuiltIn)
+    }
+}
+
+/// Modules told of, in this order.
+const MODULES: [&str; 9] =
+    ["vfio", "vfio_pci", "vfio_iommu_type1", "iommufd", "kvm_amd", "kvm_intel", "ccp", "nvidia", "nouveau"];
+
+/// A kernel's lists of modules are larger than attributes, and bounded all the same.
+const MOST_OF_A_LIST: u64 = 8 << 20;
+
+impl HostDetails {
+    /// Reads the evidence below `root`; `inventory` is of the same node.
+    pub fn read(root: &SysRoot, inventory: &Inventory) -> Self {
+        let mut node = Node::new(root, "", None);
+        let command_line = read_text(&root.join("proc/cmdline"), 64 << 10);
+        let cpu = read_text(&root.join("proc/cpuinfo"), 64 << 10);
+        let words: Vec<String> = command_line.split_whitespace().filter(|word| is_hint(word)).map(excerpt).collect();
+        let groups = node.entries("sys/kernel/iommu_groups");
+        let real = |group: &&String| {
+            node.text(&format!("sys/kernel/iommu_groups/{group}/name")).as_deref() != Some("vfio-noiommu")
+        };
+        let iommu_groups = u32::try_from(groups.iter().filter(real).count()).unwrap_or(u32::MAX);
+        Self {
+            tee: TeeEvidence::read(&mut node, &cpu, inventory.host.tee),
+            lockdown: LockdownFinding::read(root, inventory, &words),
+            iommu_groups,
+            command_line: words,
+            physical_address_bits: cpu_line(&cpu, "address sizes")
+                .and_then(|sizes| sizes.split_once(" bits physical")?.0.trim().parse().ok()),
+            hypervisor: cpu_line(&cpu, "flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor")),
+            modules: modules(root, inventory.host.kernel_release.as_deref()),
+        }
+    }
+
+    /// The state of one of the modules that are told.
+    pub fn module(&self, name: &str) -> ModuleState {
+        self.modules.iter().find(|module| module.name == name).map_or(ModuleState::Unknown, |module| module.state)
+    }
+}
+
+fn read_text(path: &Path, most: u64) -> String {
+    String::from_utf8_lossy(&read_head(path, most).unwrap_or_default()).into_owned()
+}
+
+fn is_hint(word: &str) -> bool {
+    const KEYS: [&str; 14] = [
+        "iommu",
+        "intel_iommu",
+        "amd_iommu",
+        "iommu.passthrough",
+        "iommu.strict",
+        "lockdown",
+        "kvm_amd.sev",
+        "kvm_amd.sev_es",
+        "kvm_amd.sev_snp",
+        "kvm_intel.tdx",
+        "mem_encrypt",
+        "modprobe.blacklist",
+        "module_blacklist",
+        "pcie_acs_override",
+    ];
+    let key = word.split('=').next().unwrap_or(word);
+    KEYS.contains(&key) || key.starts_with("vfio") || key.starts_with("nouveau.") || key.starts_with("pci=")
+}
+
+/// The value of the first line of `/proc/cpuinfo` with this name.
+fn cpu_line<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| {
+        let (found, value) = line.split_once(':')?;
+        (found.trim_end() == name).then_some(value.trim())
+    })
+}
+
+impl TeeEvidence {
+    fn read(node: &mut Node, cpu: &str, tee: Tee) -> Self {
+        const PARAMETERS: [&str; 4] = [
+            "sys/module/kvm_amd/parameters/sev",
+            "sys/module/kvm_amd/parameters/sev_es",
+            "sys/module/kvm_amd/parameters/sev_snp",
+            "sys/module/kvm_intel/parameters/tdx",
+        ];
+        const FLAGS: [&str; 5] = ["sev", "sev_es", "sev_snp", "tdx_host_platform", "tme"];
+        let flags = cpu_line(cpu, "flags").unwrap_or_default();
+        let parameter = |path: &&str| {
+            let value = excerpt(&node.text(path)?);
+            Some(Parameter { path: (**path).to_owned(), value })
+        };
+        Self {
+            tee,
+            kvm_parameters: PARAMETERS.iter().filter_map(parameter).collect(),
+            cpu_vendor: cpu_line(cpu, "vendor_id").map(excerpt),
+            cpu_flags: flags.split(' ').filter(|flag| FLAGS.contains(flag)).map(str::to_owned).collect(),
+            dev_kvm: node.exists("dev/kvm"),
+            dev_sev: node.exists("dev/sev"),
+        }
+    }
+}
+
+impl LockdownFinding {
+    fn read(root: &SysRoot, inventory: &Inventory, command_line: &[String]) -> Self {
+        let mode = inventory.host.lockdown;
+        if mode != Lockdown::Unknown {
+            return Self { mode, inferred: false, evidence: "sys/kernel/security/lockdown".into() };
+        }
+        let hint = command_line.iter().find(|word| word.starts_with("lockdown="));
+        let hint = hint.map_or_else(String::new, |word| format!("; the kernel's command line has {word}"));
+        let no_file = "There is no lockdown file";
+        if !root.is_host() {
+            let evidence = format!("{no_file}, and a recorded tree cannot be asked{hint}");
+            return Self { mode, inferred: false, evidence };
+        }
+        let Some((bdf, path)) = candidate(root, inventory) else {
+            let evidence = format!("{no_file}, and no function has a BAR that may be tried{hint}");
+            return Self { mode, inferred: false, evidence };
+        };
+        let (mode, inferred, what) = judge(&map_without_access(&path));
+        Self { mode, inferred, evidence: format!("{no_file}; {bdf}: {what}{hint}") }
+    }
+}
+
+/// What the answer to the attempt says: the kernel checks lockdown before it checks whether the BAR is taken.
+fn judge(answer: &io::Result<()>) -> (Lockdown, bool, String) {
+    match answer.as_ref().map_err(|error| error.raw_os_error().map(Errno::from_raw)) {
+        Ok(()) => (Lockdown::None, true, "a BAR may be mapped".into()),
+        Err(Some(Errno::EINVAL)) => (Lockdown::None, true, "mapping a BAR failed only because a driver has it".into()),
+        Err(Some(Errno::EPERM)) => {
+            (Lockdown::Integrity, true, "mapping a BAR is refused with EPERM: the kernel is locked down".into())
+        }
+        Err(Some(Errno::EACCES)) => (Lockdown::Unknown, false, "a BAR may be tried by root alone".into()),
+        Err(errno) => {
+            let cause = errno.map_or_else(|| "an unknown error".into(), |errno| errno.to_string());
+            (Lockdown::Unknown, false, format!("mapping a BAR failed with {cause}"))
+        }
+    }
+}
+
+/// A function whose BAR may be tried: none that a VFIO driver has, one without a driver before others.
+fn candidate(root: &SysRoot, inventory: &Inventory) -> Option<(crate::Bdf, std::path::PathBuf)> {
+    let fits = inventory.functions.iter().filter(|function| !function.is_vfio_bound() && !function.is_virtual_function);
+    let bar = |function: &&crate::PciFunction| {
+        let bar = function.bars.iter().find(|bar| !bar.io && bar.size >= 4096)?;
+        let path = root.function(function.bdf).join(format!("resource{}", bar.number));
+        path.exists().then_some((function.bdf, path))
+    };
+    let (idle, bound): (Vec<_>, Vec<_>) = fits.partition(|function| function.driver.is_none());
+    idle.iter().chain(&bound).find_map(bar)
+}
+
+fn modules(root: &SysRoot, release: Option<&str>) -> Vec<Module> {
+    // A release that is no plain name would lead out of the folder.
+    let release = release.filter(|release| !release.contains('/') && !release.starts_with('.'));
+    let list = |name: &str| {
+        let folders = ["lib/modules", "usr/lib/modules"];
+        folders.iter().find_map(|folder| {
+            let path = root.join(folder).join(release?).join(name);
+            Some(String::from_utf8_lossy(&read_head(&path, MOST_OF_A_LIST).ok()?).into_owned())
+        })
+    };
+    let (built_in, on_disk) = (list("modules.builtin"), list("modules.dep"));
+    let state = |name: &str| {
+        let directory = root.join("sys/module").join(name);
+        if directory.join("initstate").exists() {
+            return ModuleState::Loaded;
+        }
+        if directory.exists() || built_in.as_deref().is_some_and(|list| lists(list, name)) {
+            return ModuleState::BuiltIn;
+        }
+        match on_disk.as_deref() {
+            Some(list) if lists(list, name) => ModuleState::Available,
+            Some(_) => ModuleState::Missing,
+            None => ModuleState::Unknown,
+        }
+    };
+    MODULES.iter().map(|name| Module { name: (*name).to_owned(), state: state(name) }).collect()
+}
+
+/// Lines start with the path of a module: `kernel/drivers/vfio/pci/vfio-pci.ko.xz: ...`. Hyphens and underscores are one.
+fn lists(list: &str, name: &str) -> bool {
+    list.lines().any(|line| {
+        let path = line.split(':').next().unwrap_or(line);
+        let file = path.rsplit('/').next().unwrap_or(path);
+        file.split_once(".ko").is_some_and(|(stem, _)| stem.replace('-', "_") == name)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::FakeSysfs;
+
+    fn read(fake: &FakeSysfs) -> HostDetails {
+        HostDetails::read(&fake.root(), &Inventory::scan(&fake.root()))
+    }
+
+    #[test]
+    fn an_empty_host_has_no_evidence() {
+        let fake = FakeSysfs::new();
+        fake.lockdown(Lockdown::Unknown);
+        let details = read(&fake);
+        assert_eq!((details.iommu_groups, details.physical_address_bits, details.hypervisor), (0, None, false));
+        assert_eq!(details.command_line, Vec::<String>::new());
+        assert!(details.modules.iter().all(|module| module.state == ModuleState::Unknown));
+        assert_eq!(details.lockdown.mode, Lockdown::Unknown);
+        assert!(details.lockdown.evidence.contains("recorded tree"), "{}", details.lockdown.evidence);
+        assert_eq!((details.tee.tee, details.tee.cpu_vendor), (Tee::None, None));
+    }
+
+    #[test]
+    fn the_evidence_of_an_amd_host() {
+        let fake = FakeSysfs::new();
+        fake.hgx_h100();
+        fake.file(
+            "proc/cmdline",
+            "BOOT_IMAGE=/vmlinuz root=UUID=1 amd_iommu=on iommu=pt lockdown=integrity quiet vfio-pci.ids=10de:2330\n",
+        );
+        let cpu = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu hypervisor sev sev_es sev_snp sme\n\
+                   address sizes\t: 52 bits physical, 57 bits virtual\n";
+        fake.file("proc/cpuinfo", format!("{cpu}\n{}", "x".repeat(100_000)));
+        fake.file("sys/module/kvm_amd/parameters/sev", "Y\n");
+        fake.file("dev/sev", "");
+        let details = read(&fake);
+        assert_eq!(details.command_line, ["amd_iommu=on", "iommu=pt", "lockdown=integrity", "vfio-pci.ids=10de:2330"]);
+        assert_eq!((details.physical_address_bits, details.hypervisor), (Some(52), true));
+        assert_eq!(details.iommu_groups, 34);
+        let tee = details.tee;
+        assert_eq!((tee.tee, tee.cpu_vendor.as_deref()), (Tee::SevSnp, Some("AuthenticAMD")));
+        assert_eq!(tee.cpu_flags, ["sev", "sev_es", "sev_snp"]);
+        let parameters: Vec<_> =
+            tee.kvm_parameters.iter().map(|found| (found.path.as_str(), found.value.as_str())).collect();
+        assert_eq!(
+            parameters,
+            [("sys/module/kvm_amd/parameters/sev", "Y"), ("sys/module/kvm_amd/parameters/sev_snp", "Y")]
+        );
+        assert_eq!((tee.dev_sev, tee.dev_kvm), (true, false));
+        let expected =
+            LockdownFinding { mode: Lockdown::None, inferred: false, evidence: "sys/kernel/security/lockdown".into() };
+        assert_eq!(details.lockdown, expected);
+    }
+
+    #[test]
+    fn modules_are_loaded_built_in_available_or_missing() {
+        let fake = FakeSysfs::new();
+        fake.module("nvidia", false).module("iommufd", true);
+        fake.file("lib/modules/6.12.0-fake/modules.builtin", "kernel/drivers/vfio/vfio.ko\n");
+        fake.file(
+            "lib/modules/6.12.0-fake/modules.dep",
+            "kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/x/nouveau.ko\nkernel/arch/x86/kvm/kvm-amd.ko:\n",
+        );
+        let details = read(&fake);
+        for (name, state) in [
+            ("vfio", ModuleState::BuiltIn),
+            ("vfio_pci", ModuleState::Available),
+            ("vfio_iommu_type1", ModuleState::Missing),
+            ("iommufd", ModuleState::BuiltIn),
+            ("kvm_amd", ModuleState::Available),
+            ("nvidia", ModuleState::Loaded),
+            ("nouveau", ModuleState::Missing),
+            ("no_such", ModuleState::Unknown),
+        ] {
+            assert_eq!(details.module(name), state, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_kernels_refusal_tells_the_lockdown() {
+        let errno = |errno: Errno| Err(io::Error::from(errno));
+        for (answer, mode, inferred) in [
+            (Ok(()), Lockdown::None, true),
+            (errno(Errno::EINVAL), Lockdown::None, true),
+            (errno(Errno::EPERM), Lockdown::Integrity, true),
+            (errno(Errno::EACCES), Lockdown::Unknown, false),
+            (errno(Errno::EIO), Lockdown::Unknown, false),
+            (Err(io::Error::other("odd")), Lockdown::Unknown, false),
+        ] {
+            let (found, was_inferred, text) = judge(&answer);
+            assert_eq!((found, was_inferred), (mode, inferred), "{text}");
+        }
+    }
+
+    #[test]
+    fn no_vfio_device_is_tried_and_an_idle_one_before_a_driven_one() {
+        let fake = FakeSysfs::new();
+        let bar = |at: &str| fake.gpu(at, 0x2330).resource_file(0, 4096);
+        bar("0000:01:00.0").driver("vfio-pci");
+        let scan = || candidate(&fake.root(), &Inventory::scan(&fake.root())).map(|found| found.0.to_string());
+        assert_eq!(scan(), None);
+        bar("0000:02:00.0").driver("nvidia");
+        assert_eq!(scan().as_deref(), Some("0000:02:00.0"));
+        bar("0000:03:00.0");
+        assert_eq!(scan().as_deref(), Some("0000:03:00.0"));
+        bar("0000:00:04.0").bars(&[(0, 0xe000, 32, 0x4_0101)]);
+        assert_eq!(scan().as_deref(), Some("0000:03:00.0"));
+    }
+}
