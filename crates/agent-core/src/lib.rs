@@ -29,5 +29,6 @@ pub mod readiness;
 pub mod shutdown;
 pub mod state;
 pub mod text;
+pub mod uevents;
 
 pub use hostroot::host_root;

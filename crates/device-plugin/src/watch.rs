@@ -1,12 +1,11 @@
-//! What wakes the agent up: changes in a folder, and the kernel's device events. Both are only hints that it is time to
-//! look; what is true is read afterwards, and a slow poll covers what is missed.
+//! What wakes the agent up besides the kernel's device events: changes in a folder. They are only hints that it is time
+//! to look; what is true is read afterwards, and a slow poll covers what is missed.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 use tokio::io::unix::AsyncFd;
 
 /// Entries that appear in or vanish from a folder.
@@ -97,54 +96,6 @@ fn masks(mut buffer: &[u8]) -> impl Iterator<Item = u32> + '_ {
     })
 }
 
-/// Device events of the kernel for PCI and VFIO (a GPU that is plugged, bound, lost).
-#[derive(Debug)]
-pub struct DeviceEvents(Option<AsyncFd<OwnedFd>>);
-
-impl DeviceEvents {
-    /// Subscribes, where the kernel allows it. Call it inside a tokio runtime.
-    pub fn subscribe() -> Self {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let opened = socket(AddressFamily::Netlink, SockType::Datagram, flags, SockProtocol::NetlinkKObjectUEvent)
-            // Group 1 is the kernel's own; group 2 would be udev's.
-            .and_then(|fd| bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 1)).map(|()| fd));
-        match opened {
-            Ok(fd) => Self(registered(fd)),
-            Err(error) => {
-                tracing::info!(%error, "The kernel's device events are not available; the poll alone will see changes");
-                Self(None)
-            }
-        }
-    }
-
-    /// Waits for an event that may concern a unit; for ever where there are none. May be dropped and called again.
-    pub async fn changed(&mut self) {
-        let Self(Some(descriptor)) = self else { return std::future::pending().await };
-        let mut buffer = [0; 8192];
-        let failed = loop {
-            let Ok(mut ready) = descriptor.readable().await else { break true };
-            match recv(descriptor.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-                Ok(length) if concerns(&buffer[..length]) => break false,
-                // Events were lost: any of them may have been one of ours.
-                Err(Errno::ENOBUFS) => break false,
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                Err(_) => break true,
-            }
-        };
-        if failed {
-            self.0 = None;
-        }
-    }
-}
-
-/// Whether an event is of the PCI bus or of VFIO.
-fn concerns(event: &[u8]) -> bool {
-    event
-        .split(|&byte| byte == 0)
-        .any(|field| matches!(field, b"SUBSYSTEM=pci" | b"SUBSYSTEM=vfio" | b"SUBSYSTEM=vfio-dev"))
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -172,14 +123,6 @@ mod tests {
                 assert!(hears(&mut watch).await);
             }
         }
-    }
-
-    #[test]
-    fn only_events_of_pci_and_vfio_count() {
-        assert!(concerns(b"bind@/devices/pci0000:00/0000:00:01.0\0ACTION=bind\0SUBSYSTEM=pci\0"));
-        assert!(concerns(b"add@/x\0SUBSYSTEM=vfio-dev\0DEVNAME=vfio/devices/vfio0\0"));
-        assert!(!concerns(b"change@/devices/pci0000:00/x\0SUBSYSTEM=block\0"));
-        assert!(!concerns(b""));
     }
 
     #[test]
