@@ -8,7 +8,7 @@ use agent_core::logs::LogArgs;
 use clap::{Args, Parser, Subcommand};
 use hw_probe::Bdf;
 
-/// Binds GPUs, and what shares their IOMMU groups, to VFIO and keeps them bound.
+/// Binds GPUs, and what shares their IOMMU groups, to VFIO and keeps them bound
 ///
 /// A device that is right is not touched, and one that a virtual machine holds is never taken away from it.
 #[derive(Debug, Parser)]
@@ -42,12 +42,20 @@ pub struct HostArgs {
     /// Directory of the files and locks that the agents exchange.
     #[arg(long, env = "CCNODE_STATE_DIR", default_value = agent_core::state::STATE_DIR, value_name = "DIR")]
     pub state_dir: PathBuf,
-    /// Lock by which a running `run` is recognised in its own container.
-    #[arg(long, env = "VFIO_MANAGER_LOCK", default_value = "/run/vfio-manager.lock", value_name = "FILE")]
-    pub daemon_lock: PathBuf,
+    /// Longest wait for another agent that works on a device, for its lock: 2m for bind, 8s for unbind, 1s a look for run.
+    #[arg(long, env = "VFIO_LOCK_TIMEOUT", value_parser = agent_core::text::duration, value_name = "TIME")]
+    pub lock_timeout: Option<Duration>,
     /// Longest wait for one write to a driver's bind or unbind file.
     #[arg(long, env = "VFIO_WRITE_TIMEOUT", default_value = "20s", value_parser = agent_core::text::duration, value_name = "TIME")]
     pub write_timeout: Duration,
+}
+
+/// By which file the daemon is known.
+#[derive(Clone, Debug, Args)]
+pub struct LockArgs {
+    /// File that `run` keeps locked in its own container, so that `unbind --all` there is known to be its pod's hook.
+    #[arg(long, env = "VFIO_MANAGER_LOCK", default_value = "/run/vfio-manager.lock", value_name = "FILE")]
+    pub daemon_lock: PathBuf,
 }
 
 /// Exactly one of all devices and one device.
@@ -69,17 +77,17 @@ pub struct BindArgs {
     /// Which devices.
     #[command(flatten)]
     pub which: Which,
-    /// NVSwitches too.
+    /// Bind NVSwitches too, for virtual machines that get the whole baseboard.
     #[arg(long, env = "BIND_NVSWITCHES", value_parser = lenient_bool, default_value = "false", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub bind_nvswitches: bool,
-    /// Take devices away from a driver such as nvidia.
+    /// Take GPUs away from a driver such as nvidia or nouveau; without it they are refused.
     #[arg(long, env = "VFIO_TAKE_FROM_DRIVER")]
     pub take_from_driver: bool,
     /// Exit with 1 when any device is not as wanted; without it `bind --all` exits with 0 as the contract fixes.
     #[arg(long, env = "VFIO_MANAGE_STRICT")]
     pub strict: bool,
     /// Show what would be done, and do nothing.
-    #[arg(long)]
+    #[arg(long, env = "VFIO_DRY_RUN")]
     pub dry_run: bool,
     /// The host.
     #[command(flatten)]
@@ -92,15 +100,18 @@ pub struct UnbindArgs {
     /// Which devices.
     #[command(flatten)]
     pub which: Which,
-    /// NVSwitches too.
+    /// Give back NVSwitches too.
     #[arg(long, env = "BIND_NVSWITCHES", value_parser = lenient_bool, default_value = "false", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub unbind_nvswitches: bool,
     /// Exit with 1 when any device is not as wanted.
     #[arg(long, env = "VFIO_MANAGE_STRICT")]
     pub strict: bool,
     /// Show what would be done, and do nothing.
-    #[arg(long)]
+    #[arg(long, env = "VFIO_DRY_RUN")]
     pub dry_run: bool,
+    /// The daemon's lock.
+    #[command(flatten)]
+    pub lock: LockArgs,
     /// The host.
     #[command(flatten)]
     pub host: HostArgs,
@@ -109,10 +120,10 @@ pub struct UnbindArgs {
 /// `run`
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
-    /// NVSwitches too.
+    /// Bind NVSwitches too, for virtual machines that get the whole baseboard.
     #[arg(long, env = "BIND_NVSWITCHES", value_parser = lenient_bool, default_value = "false", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub bind_nvswitches: bool,
-    /// Take devices away from a driver such as nvidia.
+    /// Take GPUs away from a driver such as nvidia or nouveau; without it they are refused.
     #[arg(long, env = "VFIO_TAKE_FROM_DRIVER")]
     pub take_from_driver: bool,
     /// Bind once and exit, with 1 when any device is not as wanted.
@@ -124,6 +135,9 @@ pub struct RunArgs {
     /// Health and metrics endpoint.
     #[command(flatten)]
     pub health: HealthArgs,
+    /// The daemon's lock.
+    #[command(flatten)]
+    pub lock: LockArgs,
     /// The host.
     #[command(flatten)]
     pub host: HostArgs,
@@ -140,6 +154,8 @@ fn lenient_bool(text: &str) -> Result<bool, String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
 
     fn parse(words: &str) -> Result<Cli, clap::Error> {
@@ -156,6 +172,19 @@ mod tests {
             "bind --all --bind-nvswitches",
         ] {
             assert!(parse(words).is_ok(), "{words}");
+        }
+    }
+
+    #[test]
+    fn every_flag_has_an_environment_variable() {
+        let cli = Cli::command();
+        cli.clone().debug_assert();
+        // What a one-shot command is to act on has none in the contract either (operator-contract section 6.4).
+        let exempt = ["help", "version", "all", "device_id"];
+        for command in std::iter::once(&cli).chain(cli.get_subcommands()) {
+            for arg in command.get_arguments().filter(|arg| !exempt.contains(&arg.get_id().as_str())) {
+                assert!(arg.get_env().is_some(), "{} {}", command.get_name(), arg.get_id());
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use hw_probe::{Bdf, Inventory, PciFunction};
+use hw_probe::{Bdf, Inventory, IommuState, PciFunction};
 
 /// Which devices go to VFIO, and at whose cost.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,25 +62,22 @@ const HOST_BRIDGE: u32 = 0x06_00;
 
 /// The steps that bring every device of the policy to VFIO, in the order of their addresses.
 ///
-/// `module_for` chooses the VFIO module of a function. A device for which `in_transition` holds belongs to cc-manager for
-/// the moment and is left alone.
-pub fn plan_bind(
-    inventory: &Inventory,
-    policy: &Policy,
-    module_for: impl Fn(&PciFunction) -> String,
-    in_transition: impl Fn(Bdf) -> bool,
-) -> Vec<Step> {
+/// `module_for` chooses the VFIO module of a function; it is asked only for those that are to be bound. Whether another
+/// agent works on a device at this moment is not a matter of the plan: its lock says so when the step is carried out.
+pub fn plan_bind(inventory: &Inventory, policy: &Policy, module_for: impl Fn(&PciFunction) -> String) -> Vec<Step> {
     let mut steps = BTreeMap::new();
     for device in selected(inventory, policy) {
-        if in_transition(device.bdf) {
-            let step =
-                Step { bdf: device.bdf, action: Action::Leave, reason: "in a mode transition of cc-manager".into() };
-            steps.insert(device.bdf, step);
-            continue;
-        }
         if device.iommu_group.is_none() {
-            let reason = "it has no IOMMU group: the IOMMU is off in the firmware or on the kernel command line, or this is \
-                          itself a virtual machine; enable it (intel_iommu=on or amd_iommu=on)";
+            let reason = match inventory.host.iommu {
+                IommuState::Off => {
+                    "it has no IOMMU group, because this kernel runs no IOMMU: turn on VT-d or AMD-Vi in the firmware and \
+                     boot with intel_iommu=on or amd_iommu=on"
+                }
+                IommuState::On => {
+                    "it has no IOMMU group, though the kernel runs an IOMMU: the firmware (ACPI DMAR or IVRS table) leaves \
+                     this device out; a firmware update or another slot may cure it"
+                }
+            };
             steps.insert(device.bdf, Step { bdf: device.bdf, action: Action::Refuse, reason: reason.into() });
             continue;
         }
@@ -96,14 +93,12 @@ pub fn plan_bind(
 ///
 /// Whether a device is held by a virtual machine cannot be seen in an inventory: the executor asks the kernel directly
 /// before the act.
-pub fn plan_unbind(inventory: &Inventory, policy: &Policy, in_transition: impl Fn(Bdf) -> bool) -> Vec<Step> {
+pub fn plan_unbind(inventory: &Inventory, policy: &Policy) -> Vec<Step> {
     let mut steps = BTreeMap::new();
     for device in selected(inventory, policy) {
         let group = siblings(inventory, device).filter(|function| function.vendor == NVIDIA);
         for function in std::iter::once(device).chain(group) {
-            let (action, reason) = if in_transition(device.bdf) {
-                (Action::Refuse, "in a mode transition of cc-manager: try again when it has ended".into())
-            } else if function.is_vfio_bound() {
+            let (action, reason) = if function.is_vfio_bound() {
                 (Action::Unbind, format!("bound to {}", function.driver.as_deref().unwrap_or_default()))
             } else {
                 let driver = function.driver.as_deref();
@@ -142,13 +137,11 @@ fn siblings<'a>(inventory: &'a Inventory, device: &'a PciFunction) -> impl Itera
 }
 
 fn bind_step(device: &PciFunction, take: bool, module_for: impl Fn(&PciFunction) -> String) -> Step {
-    let module = module_for(device);
     let (action, reason) = match device.driver.as_deref() {
-        Some(driver) if same_driver(driver, &module) => (Action::Leave, format!("already bound to {driver}")),
-        // Another VFIO driver serves as well; changing it under a group that a virtual machine may hold gains nothing.
-        Some(driver) if device.is_vfio_bound() => (Action::Leave, format!("already bound to the VFIO driver {driver}")),
-        None => (Action::Bind { module }, "it has no driver".into()),
-        Some(driver) if take => (Action::Bind { module }, format!("taken from {driver}, as asked")),
+        // Whichever VFIO driver it is: changing it under a group that a virtual machine may hold gains nothing.
+        Some(driver) if device.is_vfio_bound() => (Action::Leave, format!("already bound to {driver}")),
+        None => (Action::Bind { module: module_for(device) }, "it had no driver".into()),
+        Some(driver) if take => (Action::Bind { module: module_for(device) }, format!("taken from {driver}, as asked")),
         Some(driver) => (
             Action::Refuse,
             format!("the {driver} driver has it: stop what uses it and unload {driver}, or pass --take-from-driver"),
@@ -178,11 +171,6 @@ fn group(device: &PciFunction) -> String {
     device.iommu_group.map_or_else(|| "a device link".into(), |number| format!("IOMMU group {number}"))
 }
 
-/// Module names use `_` where the driver's name in sysfs may use `-`.
-pub fn same_driver(driver: &str, module: &str) -> bool {
-    driver.replace('-', "_") == module.replace('-', "_")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,15 +184,15 @@ mod tests {
     }
 
     fn plan(fake: &FakeSysfs, policy: &Policy) -> Vec<Step> {
-        plan_bind(&Inventory::scan(&fake.root()), policy, |_| "vfio_pci".into(), |_| false)
+        plan_bind(&Inventory::scan(&fake.root()), policy, |_| "vfio_pci".into())
     }
 
     #[test]
     fn what_is_done_with_a_gpu_depends_on_its_driver() {
         for (driver, take, action, reason) in [
-            ("", false, "bind to vfio_pci", "no driver"),
+            ("", false, "bind to vfio_pci", "had no driver"),
             ("vfio-pci", false, "leave", "already bound to vfio-pci"),
-            ("nvgrace_gpu_vfio_pci", false, "leave", "already bound to the VFIO driver nvgrace_gpu_vfio_pci"),
+            ("nvgrace_gpu_vfio_pci", false, "leave", "already bound to nvgrace_gpu_vfio_pci"),
             ("nvidia", false, "refused", "--take-from-driver"),
             ("nouveau", true, "bind to vfio_pci", "taken from nouveau"),
         ] {
@@ -224,9 +212,23 @@ mod tests {
     fn a_gpu_without_iommu_group_is_refused_with_the_cure() {
         let fake = FakeSysfs::new();
         fake.gpu(GPU, 0x2330);
-        let steps = plan(&fake, &Policy::default());
-        assert_eq!(steps[0].action, Action::Refuse);
-        assert!(steps[0].reason.contains("intel_iommu=on"), "{}", steps[0].reason);
+        let refused = |words: &str| {
+            let steps = plan(&fake, &Policy::default());
+            assert_eq!(steps[0].action, Action::Refuse);
+            assert!(steps[0].reason.contains(words), "{}", steps[0].reason);
+        };
+        refused("intel_iommu=on");
+        // The IOMMU runs, for another device.
+        fake.function("0000:42:00.0", 0x8086, 0x1521, 0x02_00_00).group(5);
+        refused("ACPI DMAR");
+    }
+
+    #[test]
+    fn a_node_on_which_all_is_right_is_not_asked_for_modules() {
+        let fake = FakeSysfs::new();
+        fake.gpu(GPU, 0x2330).group(5).driver("vfio-pci");
+        let steps = plan_bind(&Inventory::scan(&fake.root()), &Policy::default(), |_| unreachable!("nothing to bind"));
+        assert_eq!(steps[0].action, Action::Leave);
     }
 
     #[test]
@@ -241,7 +243,7 @@ mod tests {
         let steps = plan(&fake, &Policy::default());
         let found = rows(&steps);
         let expected = [
-            (GPU, "bind to vfio_pci", "no driver"),
+            (GPU, "bind to vfio_pci", "had no driver"),
             ("0000:41:00.1", "bind to vfio_pci", "shares IOMMU group 5 with 0000:41:00.0"),
             ("0000:42:00.0", "refused", "is on igb"),
             ("0000:42:00.1", "leave", "which VFIO accepts"),
@@ -267,24 +269,12 @@ mod tests {
     }
 
     #[test]
-    fn a_device_in_transition_is_left_alone() {
-        let fake = FakeSysfs::new();
-        fake.gpu(GPU, 0x2330).group(5);
-        let inventory = Inventory::scan(&fake.root());
-        let bind = plan_bind(&inventory, &Policy::default(), |_| "vfio_pci".into(), |_| true);
-        assert_eq!(bind[0].action, Action::Leave);
-        fake.get(GPU).driver("vfio-pci");
-        let unbind = plan_unbind(&Inventory::scan(&fake.root()), &Policy::default(), |_| true);
-        assert_eq!(unbind[0].action, Action::Refuse);
-    }
-
-    #[test]
     fn only_what_is_on_vfio_is_unbound() {
         let fake = FakeSysfs::new();
         fake.gpu(GPU, 0x2330).group(5).driver("vfio-pci");
         fake.gpu("0000:42:00.0", 0x2330).group(6).driver("nvidia");
         fake.gpu("0000:43:00.0", 0x2330).group(7);
-        let steps = plan_unbind(&Inventory::scan(&fake.root()), &Policy::default(), |_| false);
+        let steps = plan_unbind(&Inventory::scan(&fake.root()), &Policy::default());
         let actions: Vec<String> = steps.iter().map(|step| step.action.to_string()).collect();
         assert_eq!(actions, ["unbind", "leave", "leave"]);
     }

@@ -1,30 +1,53 @@
 //! The commands: look, plan, act, tell.
 
+use std::cell::LazyCell;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent_core::backoff::Backoff;
 use agent_core::hostfile::HostDir;
 use agent_core::metrics::Metrics;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
-use agent_core::state::{BindingsFile, DevicesFile, Origin, STATE_DIR, state_dir as state_dir_under};
+use agent_core::state::{BindingsFile, Origin, STATE_DIR, state_dir as state_dir_under};
+use agent_core::uevents::DeviceEvents;
 use anyhow::{Context, bail};
 use gpu_firmware::Places;
 use hw_probe::{Bdf, Inventory, PciFunction, SysRoot};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::sleep;
 use tracing::{info, warn};
 
-use crate::args::{BindArgs, Cli, Command, HostArgs, RunArgs, UnbindArgs, Which};
+use crate::args::{BindArgs, Cli, Command, HostArgs, LockArgs, RunArgs, UnbindArgs, Which};
 use crate::binding::{Action, Policy, Step, plan_bind, plan_unbind};
 use crate::executor::{BindError, Executor, Outcome, records, without_returned};
 use crate::metrics::BindingMetrics;
 use crate::modalias::VfioAliases;
-use crate::uevents::PciEvents;
+
+/// How long `bind` waits for another agent's lock: as long as a change of modes may take. It is run once, so that what it
+/// leaves undone stays undone.
+const BIND_LOCK: Duration = Duration::from_mins(2);
+
+/// How long `unbind` does: it is a hook, and its pod has 30 s to end (operator-contract section 6.1).
+const UNBIND_LOCK: Duration = Duration::from_secs(8);
+
+/// How long a look of the daemon does: another one follows.
+const LOOK_LOCK: Duration = Duration::from_secs(1);
+
+/// First and longest pause before the next look while something is not as wanted.
+const RETRY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
+
+/// Events come in bursts (a rebind is four): one look for all of them.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// How long a step that has begun may go on after a signal.
+const END: Duration = Duration::from_secs(5);
 
 /// Runs the command line.
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -33,7 +56,9 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Unbind(args) => unbind(args),
         Command::Run(args) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(daemon(args))
+            let result = runtime.block_on(daemon(args));
+            runtime.shutdown_timeout(END);
+            result
         }
     }
 }
@@ -42,7 +67,7 @@ fn bind(
     BindArgs { which, bind_nvswitches, take_from_driver, strict, dry_run, host }: BindArgs,
 ) -> anyhow::Result<ExitCode> {
     let Which { all, device_id } = which;
-    let manager = Manager::new(host);
+    let manager = Manager::new(host, BIND_LOCK);
     let policy = Policy { nvswitches: bind_nvswitches, take_from_driver, only: device_id };
     let inventory = manager.inventory()?;
     must_be_selectable(&inventory, device_id)?;
@@ -52,6 +77,7 @@ fn bind(
         return Ok(ExitCode::SUCCESS);
     }
     let outcomes = manager.act(&inventory, steps)?;
+    tell_changes(&mut BTreeMap::new(), &outcomes);
     print!("{}", outcome_table(&outcomes));
     // The operator's pod runs `vfio-manage bind --all && sleep`: a truthful code would crash-loop it over one dead GPU,
     // so there the contract fixes 0 (operator-contract section 6.4).
@@ -59,23 +85,27 @@ fn bind(
     Ok(if wrong && (strict || !all) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn unbind(UnbindArgs { which, unbind_nvswitches, strict, dry_run, host }: UnbindArgs) -> anyhow::Result<ExitCode> {
+fn unbind(
+    UnbindArgs { which, unbind_nvswitches, strict, dry_run, lock, host }: UnbindArgs,
+) -> anyhow::Result<ExitCode> {
     let Which { all, device_id } = which;
-    if all && held_by_daemon(&host.daemon_lock) {
+    let LockArgs { daemon_lock } = lock;
+    if all && held_by_daemon(&daemon_lock) {
         // Called as the hook of a pod that is being replaced: the next one will want the very same bindings.
         println!("vfio-manager runs in this container: all bindings are left as they are for the one that follows it");
         return Ok(ExitCode::SUCCESS);
     }
-    let manager = Manager::new(host);
+    let manager = Manager::new(host, UNBIND_LOCK);
     let policy = Policy { nvswitches: unbind_nvswitches, take_from_driver: false, only: device_id };
     let inventory = manager.inventory()?;
     must_be_selectable(&inventory, device_id)?;
-    let steps = plan_unbind(&inventory, &policy, manager.in_transition());
+    let steps = plan_unbind(&inventory, &policy);
     if dry_run {
         print!("{}", plan_table(&steps));
         return Ok(ExitCode::SUCCESS);
     }
     let outcomes = manager.act(&inventory, steps)?;
+    tell_changes(&mut BTreeMap::new(), &outcomes);
     print!("{}", outcome_table(&outcomes));
     // A held device that stays bound is what `--all` promises, and no failure.
     let failed = |outcome: &Outcome| match &outcome.result {
@@ -104,19 +134,20 @@ fn must_be_selectable(inventory: &Inventory, device: Option<Bdf>) -> anyhow::Res
 }
 
 async fn daemon(
-    RunArgs { bind_nvswitches, take_from_driver, once, poll_interval, health, host }: RunArgs,
+    RunArgs { bind_nvswitches, take_from_driver, once, poll_interval, health, lock, host }: RunArgs,
 ) -> anyhow::Result<ExitCode> {
     let policy = Policy { nvswitches: bind_nvswitches, take_from_driver, only: None };
-    let lock_path = host.daemon_lock.clone();
-    let manager = Arc::new(Manager::new(host));
+    let LockArgs { daemon_lock } = lock;
+    let manager = Arc::new(Manager::new(host, if once { BIND_LOCK } else { LOOK_LOCK }));
     if once {
         let outcomes = manager.reconcile(&policy)?;
+        tell_changes(&mut BTreeMap::new(), &outcomes);
         print!("{}", outcome_table(&outcomes));
         let wrong = outcomes.iter().any(|outcome| outcome.result.is_err());
         return Ok(if wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS });
     }
     // Held for the life of the process: `unbind --all` in the same container sees it.
-    let _lock = daemon_lock(&lock_path)?;
+    let _lock = take_daemon_lock(&daemon_lock)?;
     let shutdown = Shutdown::on_signals()?;
     let readiness = readiness::Registry::default();
     let looked = readiness.register("first look at the node");
@@ -148,54 +179,75 @@ async fn keep_bound(
     policy: &Policy,
     poll_interval: Duration,
     shutdown: &Shutdown,
-    looked: &readiness::Guard,
+    looked_once: &readiness::Guard,
     metrics: &BindingMetrics,
 ) -> anyhow::Result<()> {
-    let events = PciEvents::listen();
-    if let Err(error) = &events {
-        warn!(%error, "kernel events cannot be heard; changes are seen at the next poll");
-    }
-    let mut poll = tokio::time::interval_at(Instant::now() + poll_interval, poll_interval);
-    poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut events = DeviceEvents::subscribe();
+    let mut retry = Backoff::new(RETRY[0], RETRY[1].min(poll_interval));
     let mut last = BTreeMap::new();
+    let mut trouble = None;
     loop {
         let (worker, wanted) = (Arc::clone(manager), policy.clone());
-        match tokio::task::spawn_blocking(move || worker.reconcile(&wanted)).await? {
+        let work = tokio::task::spawn_blocking(move || worker.reconcile(&wanted));
+        let looked = tokio::select! {
+            looked = work => looked?,
+            // Killed in the middle or not: what is on disk and on the bus is enough for the next one to go on from.
+            () = shutdown.wait() => break,
+        };
+        let all_right = match &looked {
             Ok(outcomes) => {
-                metrics.record(&outcomes);
-                tell_changes(&mut last, &outcomes);
+                metrics.record(outcomes);
+                tell_changes(&mut last, outcomes);
+                trouble = None;
+                outcomes.iter().all(|outcome| outcome.result.is_ok())
             }
-            Err(error) => warn!("{error:#}"),
-        }
-        looked.ready();
+            Err(error) => {
+                let text = format!("{error:#}");
+                if trouble.as_ref() != Some(&text) {
+                    warn!(event = "look_failed", "{text}");
+                    trouble = Some(text);
+                }
+                false
+            }
+        };
+        looked_once.ready();
+        let pause = if all_right {
+            retry.reset();
+            poll_interval
+        } else {
+            retry.next_delay()
+        };
         tokio::select! {
             () = shutdown.wait() => break,
-            _ = poll.tick() => {}
-            Ok(()) = changed(&events) => {}
+            () = sleep(pause) => {}
+            () = events.changed() => {
+                sleep(SETTLE).await;
+                events.drain();
+            }
         }
     }
     info!("ending; all bindings stay as they are");
     Ok(())
 }
 
-async fn changed(events: &std::io::Result<PciEvents>) -> std::io::Result<()> {
-    match events {
-        Ok(events) => events.changed().await,
-        Err(_) => std::future::pending().await,
-    }
-}
-
-/// One line a device whose state is another than at the last look, so that a steady node is a silent one.
+/// One line a device whose state is another than at the last look, so that a steady node is a silent one. What was done
+/// is told by the one who did it.
 fn tell_changes(last: &mut BTreeMap<Bdf, String>, outcomes: &[Outcome]) {
     let mut now = BTreeMap::new();
     for outcome in outcomes {
         let bdf = outcome.step.bdf;
         let state = match &outcome.result {
-            Ok(driver) => format!("{} ({})", driver.as_deref().unwrap_or("no driver"), outcome.step.reason),
-            Err(error) => error.to_string(),
+            Ok(driver) => driver.as_deref().unwrap_or("no driver").to_owned(),
+            Err(error) => agent_core::text::chain(error),
         };
-        if last.get(&bdf) != Some(&state) && outcome.step.action == Action::Leave {
-            info!(event = "device_seen", device = %bdf, "{state}");
+        if last.get(&bdf) != Some(&state) {
+            match &outcome.result {
+                Ok(_) if outcome.step.action == Action::Leave => {
+                    info!(event = "device_seen", device = %bdf, reason = outcome.step.reason, "{state}");
+                }
+                Ok(_) => {}
+                Err(error) => warn!(event = "device_failed", device = %bdf, code = error.code(), "{state}"),
+            }
         }
         now.insert(bdf, state);
     }
@@ -211,14 +263,14 @@ struct Manager {
 }
 
 impl Manager {
-    fn new(HostArgs { host_root, state_dir, daemon_lock: _, write_timeout }: HostArgs) -> Self {
+    fn new(HostArgs { host_root, state_dir, lock_timeout, write_timeout }: HostArgs, lock_default: Duration) -> Self {
         let root = SysRoot::host();
         let host_root = agent_core::host_root(host_root);
         let mut places = Places::at(root.clone(), "vfio-manager");
         // Where the host's /run is not mounted, its place is below the host's root.
         places.run = host_root.join("run");
         let state_dir = if state_dir == Path::new(STATE_DIR) { state_dir_under(&host_root) } else { state_dir };
-        let executor = Executor::new(places, host_root.clone(), write_timeout);
+        let executor = Executor::new(places, host_root.clone(), lock_timeout.unwrap_or(lock_default), write_timeout);
         Self { root, host_root, state_dir, executor }
     }
 
@@ -238,9 +290,9 @@ impl Manager {
 
     fn plan_bind(&self, inventory: &Inventory, policy: &Policy) -> Vec<Step> {
         let release = inventory.host.kernel_release.as_deref().unwrap_or_default();
-        let aliases = VfioAliases::read(&[PathBuf::from("/"), self.host_root.clone()], release);
-        let module_for = |function: &PciFunction| aliases.choose(function.modalias.as_deref());
-        plan_bind(inventory, policy, module_for, self.in_transition())
+        // Over a megabyte of text: read only when there is something to bind.
+        let aliases = LazyCell::new(|| VfioAliases::read(&[PathBuf::from("/"), self.host_root.clone()], release));
+        plan_bind(inventory, policy, |function: &PciFunction| aliases.choose(function.modalias.as_deref()))
     }
 
     fn reconcile(&self, policy: &Policy) -> anyhow::Result<Vec<Outcome>> {
@@ -257,7 +309,16 @@ impl Manager {
         let dir = HostDir::open(&self.state_dir)
             .with_context(|| format!("The state directory {} cannot be used", self.state_dir.display()))?;
         let boot_id = inventory.host.boot_id.as_deref().context("The kernel's boot id cannot be read")?;
-        let prior = BindingsFile::load(&dir, boot_id)?.unwrap_or_else(|| no_records(inventory));
+        let prior = BindingsFile::load(&dir, boot_id).unwrap_or_else(|error| {
+            // Written whole or not at all, so this is somebody's hand. Without it nothing is known of former drivers, which
+            // is what it would be on a new node.
+            warn!(
+                "What the devices were before cannot be read and is recorded anew: {}",
+                agent_core::text::chain(&error)
+            );
+            None
+        });
+        let prior = prior.unwrap_or_else(|| no_records(inventory));
         let prior = match records(inventory, &steps, &prior, jiff::Timestamp::now()) {
             Some(file) => stored(&dir, file)?,
             None => prior,
@@ -267,17 +328,6 @@ impl Manager {
             stored(&dir, file)?;
         }
         Ok(outcomes)
-    }
-
-    /// Which devices cc-manager is changing right now.
-    fn in_transition(&self) -> impl Fn(Bdf) -> bool + use<> {
-        let boot_id = fs::read_to_string(self.root.join("proc/sys/kernel/random/boot_id")).unwrap_or_default();
-        let file = HostDir::open_existing(&self.state_dir)
-            .ok()
-            .flatten()
-            .and_then(|dir| DevicesFile::load(&dir, boot_id.trim()).ok().flatten())
-            .filter(|file| file.transition.is_some());
-        move |bdf| file.as_ref().is_some_and(|file| file.devices.iter().any(|device| device.bdf == bdf))
     }
 }
 
@@ -297,19 +347,33 @@ fn held_by_daemon(path: &Path) -> bool {
     matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
 }
 
-fn daemon_lock(path: &Path) -> anyhow::Result<File> {
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(path);
-    let file =
+fn take_daemon_lock(path: &Path) -> anyhow::Result<File> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .open(path);
+    let mut file =
         file.with_context(|| format!("The lock {} cannot be made; choose another with --daemon-lock", path.display()))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            bail!("Another vfio-manager holds {}; only one can run on a node", path.display())
+            let mut holder = String::new();
+            // Who it is, as far as it could write that down.
+            let _ = (&file).take(32).read_to_string(&mut holder);
+            let holder: String = holder.chars().filter(char::is_ascii_digit).collect();
+            let holder = if holder.is_empty() { holder } else { format!(" (process {holder})") };
+            bail!("Another vfio-manager{holder} holds {}; only one can run here", path.display())
         }
         Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("The lock {} cannot be taken", path.display()))
+            return Err(error).with_context(|| format!("The lock {} cannot be taken", path.display()));
         }
     }
+    // For people only: a lock without a name is as good a lock.
+    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    Ok(file)
 }
 
 fn plan_table(steps: &[Step]) -> String {

@@ -1,22 +1,21 @@
 //! Performs the planned steps through sysfs: every write that may block has a deadline and a thread of its own, every
 //! result is read back, and nothing is taken from a device that is or may be held.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use agent_core::state::{BindingRecord, BindingsFile, Identity};
-use gpu_firmware::{DeviceLock, Places, group_holders, group_is_free};
+use gpu_firmware::{DeviceLock, Fault, Places, SystemClock, group_holders, group_is_free};
 use hw_probe::{Bdf, Inventory, PciFunction};
 use tracing::{info, warn};
 
-use crate::binding::{Action, Step, same_driver};
+use crate::binding::{Action, Step};
 
 /// Time in which the kernel makes the driver link after a successful probe.
 const LINK_DEADLINE: Duration = Duration::from_secs(2);
@@ -51,13 +50,20 @@ pub enum BindError {
         /// Why not.
         reason: String,
     },
-    /// Another agent works on the device.
-    #[error("{bdf}: {source}")]
-    Locked {
+    /// Another agent works on the device, or its lock cannot be had.
+    #[error("{}", .0.line())]
+    Lock(gpu_firmware::Error),
+    /// Somebody was faster than the plan.
+    #[error(
+        "{bdf}: Not touched: its driver was {before} when it was looked at and is {now} now; the next look decides anew"
+    )]
+    Changed {
         /// The device.
         bdf: Bdf,
-        /// Who has the lock.
-        source: gpu_firmware::Error,
+        /// The driver's name or `none`.
+        before: String,
+        /// The driver's name or `none`.
+        now: String,
     },
     /// The module cannot be loaded and its driver is not in the kernel.
     #[error(
@@ -116,7 +122,8 @@ impl BindError {
             Self::Refused { .. } => "BindRefused",
             Self::Held { .. } => "DeviceHeld",
             Self::PerhapsHeld { .. } => "DevicePerhapsHeld",
-            Self::Locked { .. } => "LockHeld",
+            Self::Lock(error) => error.code(),
+            Self::Changed { .. } => "DeviceChanged",
             Self::NoDriver { .. } => "NoVfioDriver",
             Self::Write { .. } => "SysfsWriteFailed",
             Self::Blocked { .. } => "SysfsWriteBlocked",
@@ -146,14 +153,18 @@ pub type SysfsWrite = Arc<dyn Fn(&Path, &str) -> io::Result<()> + Send + Sync>;
 pub struct Executor {
     places: Places,
     host_root: PathBuf,
+    lock_timeout: Duration,
     write_timeout: Duration,
     write: SysfsWrite,
+    /// Devices to which a write has not returned: no second one is sent after it.
+    writing: Arc<Mutex<BTreeSet<Bdf>>>,
 }
 
 impl Executor {
     /// An executor over the running kernel.
-    pub fn new(places: Places, host_root: PathBuf, write_timeout: Duration) -> Self {
-        Self { places, host_root, write_timeout, write: Arc::new(write_sysfs) }
+    pub fn new(places: Places, host_root: PathBuf, lock_timeout: Duration, write_timeout: Duration) -> Self {
+        let (write, writing) = (Arc::new(write_sysfs), Arc::default());
+        Self { places, host_root, lock_timeout, write_timeout, write, writing }
     }
 
     /// The same over another kernel.
@@ -171,7 +182,10 @@ impl Executor {
         thread::scope(|scope| {
             let work = |step: Step| {
                 let result = self.step(inventory, &step, &drivers, prior);
-                report(&step, &result);
+                if let (Action::Bind { .. } | Action::Unbind, Ok(driver)) = (&step.action, &result) {
+                    let driver = driver.as_deref().unwrap_or("none");
+                    info!(event = "device_bound", device = %step.bdf, driver, reason = step.reason, "device is as wanted");
+                }
                 Outcome { step, result }
             };
             let threads: Vec<_> = steps.into_iter().map(|step| scope.spawn(move || work(step))).collect();
@@ -233,22 +247,15 @@ impl Executor {
     }
 
     fn lock(&self, bdf: Bdf) -> Result<DeviceLock, BindError> {
-        DeviceLock::take(bdf, &self.places).map_err(|source| BindError::Locked { bdf, source })
+        DeviceLock::take_within(bdf, &self.places, self.lock_timeout, &SystemClock).map_err(BindError::Lock)
     }
 
     fn bind(&self, function: &PciFunction, driver: &str) -> Result<String, BindError> {
         let bdf = function.bdf;
         let device = self.places.root.function(bdf);
-        // The plan is a moment old: a virtual machine or another agent may have come first.
-        let current = self.driver_link(bdf)?;
-        if current.as_deref().is_some_and(|name| same_driver(name, driver)) {
-            return Ok(driver.to_owned());
-        }
+        let current = self.unchanged_driver(function)?;
         self.write(bdf, &device.join("driver_override"), &format!("{driver}\n"))?;
         if let Some(old) = current {
-            if function.is_vfio_bound() {
-                self.must_be_free(function)?;
-            }
             info!(event = "unbinding", device = %bdf, driver = old, "taking the device from its driver");
             self.write(bdf, &device.join("driver/unbind"), &bdf.to_string())?;
         }
@@ -259,14 +266,15 @@ impl Executor {
     fn unbind(&self, function: &PciFunction, record: Option<&BindingRecord>) -> Result<Option<String>, BindError> {
         let bdf = function.bdf;
         let device = self.places.root.function(bdf);
+        self.unchanged_driver(function)?;
+        // Before anything is written: a held device keeps its override, too.
+        self.must_be_free(function)?;
         let before = record.and_then(|record| record.driver_override.as_deref()).unwrap_or_default();
         // An empty line clears the override; otherwise the next probe would bring the VFIO driver back.
         self.write(bdf, &device.join("driver_override"), &format!("{before}\n"))?;
-        if self.driver_link(bdf)?.is_some() {
-            // Directly before the write, so that the window in which a virtual machine could come in between is short.
-            self.must_be_free(function)?;
-            self.write(bdf, &device.join("driver/unbind"), &bdf.to_string())?;
-        }
+        // And directly before the act, so that the window in which a virtual machine could come in between is short.
+        self.must_be_free(function)?;
+        self.write(bdf, &device.join("driver/unbind"), &bdf.to_string())?;
         let Some(driver) = record.and_then(|record| record.driver.as_deref()) else { return Ok(None) };
         let bind = self.places.root.join("sys/bus/pci/drivers").join(driver).join("bind");
         if !bind.exists() {
@@ -277,7 +285,20 @@ impl Executor {
         self.await_driver(bdf, driver).map(Some)
     }
 
-    /// Asks the kernel whether anybody holds the device's group: it refuses a second open of the group file.
+    /// The driver that the device has, if it is the one that the plan was made for: a virtual machine, a person or
+    /// another agent may have come first, and what is true of one driver's devices is not of another's.
+    fn unchanged_driver(&self, function: &PciFunction) -> Result<Option<String>, BindError> {
+        let now = self.driver_link(function.bdf)?;
+        if now == function.driver {
+            return Ok(now);
+        }
+        let named = |driver: Option<&str>| driver.unwrap_or("none").to_owned();
+        let before = named(function.driver.as_deref());
+        Err(BindError::Changed { bdf: function.bdf, before, now: named(now.as_deref()) })
+    }
+
+    /// Asks the kernel whether anybody holds the device's group: it refuses a second open of the group file. Where there
+    /// are no group files, only a device that sleeps is known to be idle: opening it wakes it.
     fn must_be_free(&self, function: &PciFunction) -> Result<(), BindError> {
         let bdf = function.bdf;
         let unknown = |reason: String| Err(BindError::PerhapsHeld { bdf, reason });
@@ -289,8 +310,14 @@ impl Executor {
                 let held_by = group_holders(group, cdev, &self.places).iter().map(ToString::to_string).collect();
                 Err(BindError::Held { bdf, held_by })
             }
+            Err(Fault::NoGroupFile { .. }) if self.is_suspended(bdf) => Ok(()),
             Err(fault) => unknown(fault.to_string()),
         }
+    }
+
+    fn is_suspended(&self, bdf: Bdf) -> bool {
+        let status = fs::read_to_string(self.places.root.function(bdf).join("power/runtime_status"));
+        status.is_ok_and(|status| status.trim() == "suspended")
     }
 
     fn driver_link(&self, bdf: Bdf) -> Result<Option<String>, BindError> {
@@ -319,28 +346,27 @@ impl Executor {
 
     /// Writes on a thread of its own: `unbind` returns only when the driver lets go, which may be never.
     fn write(&self, bdf: Bdf, path: &Path, value: &str) -> Result<(), BindError> {
+        let blocked = || BindError::Blocked { bdf, path: path.into(), seconds: self.write_timeout.as_secs() };
+        let writing = move |set: &Mutex<BTreeSet<Bdf>>, begin: bool| {
+            let mut set = set.lock().unwrap_or_else(PoisonError::into_inner);
+            if begin { set.insert(bdf) } else { set.remove(&bdf) }
+        };
+        if !writing(&self.writing, true) {
+            return Err(blocked());
+        }
         let (done, wait) = mpsc::channel();
         let (write, owned, text) = (Arc::clone(&self.write), path.to_owned(), value.to_owned());
-        thread::spawn(move || done.send(write(&owned, &text)));
+        let set = Arc::clone(&self.writing);
+        thread::spawn(move || {
+            let result = write(&owned, &text);
+            writing(&set, false);
+            // Nobody waits any more when the deadline has passed.
+            let _ = done.send(result);
+        });
         match wait.recv_timeout(self.write_timeout) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(source)) => Err(BindError::Write { bdf, path: path.into(), source }),
-            Err(_) => Err(BindError::Blocked { bdf, path: path.into(), seconds: self.write_timeout.as_secs() }),
-        }
-    }
-}
-
-fn report(step: &Step, result: &Result<Option<String>, BindError>) {
-    let bdf = step.bdf;
-    match (&step.action, result) {
-        (Action::Leave, _) => {}
-        (_, Ok(driver)) => {
-            let driver = driver.as_deref().unwrap_or("none");
-            info!(event = "device_bound", device = %bdf, driver, reason = step.reason, "device is as wanted");
-        }
-        (_, Err(error)) => {
-            let chain = agent_core::text::chain(error);
-            warn!(event = "device_failed", device = %bdf, code = error.code(), "{chain}");
+            Err(_) => Err(blocked()),
         }
     }
 }
@@ -475,7 +501,8 @@ mod tests {
             // What the lock directory is checked for: nobody else may write there.
             std::fs::create_dir_all(self.fake.path().join("run")).unwrap();
             let places = Places::at(self.fake.root(), "vfio-manager");
-            Executor::new(places, PathBuf::from("/nonexistent"), Duration::from_millis(200)).with_kernel(self.write())
+            let (lock, write) = (Duration::from_millis(50), Duration::from_millis(200));
+            Executor::new(places, PathBuf::from("/nonexistent"), lock, write).with_kernel(self.write())
         }
 
         fn inventory(&self) -> Inventory {
@@ -484,7 +511,7 @@ mod tests {
 
         fn bind(&self, executor: &Executor) -> Vec<Outcome> {
             let inventory = self.inventory();
-            let steps = plan_bind(&inventory, &Policy::default(), |_| "vfio_pci".into(), |_| false);
+            let steps = plan_bind(&inventory, &Policy::default(), |_| "vfio_pci".into());
             executor.run(&inventory, steps, &empty())
         }
     }
@@ -534,8 +561,54 @@ mod tests {
             thread::sleep(Duration::from_secs(2));
             Ok(())
         });
-        let outcomes = kernel.bind(&kernel.executor().with_kernel(blocking));
+        let executor = kernel.executor().with_kernel(Arc::clone(&blocking));
+        let outcomes = kernel.bind(&executor);
         assert_eq!(outcomes[0].result.as_ref().unwrap_err().code(), "SysfsWriteBlocked");
+        // While it hangs, the next look does not send another after it.
+        let again = Instant::now();
+        assert_eq!(kernel.bind(&executor)[0].result.as_ref().unwrap_err().code(), "SysfsWriteBlocked");
+        assert!(again.elapsed() < Duration::from_millis(150), "{:?}", again.elapsed());
+    }
+
+    #[test]
+    fn what_changed_since_the_look_is_not_touched() {
+        let kernel = Kernel::new();
+        kernel.fake.load_driver("nvidia");
+        kernel.fake.gpu(GPU, 0x2330).group(5);
+        kernel.fake.gpu(OTHER, 0x2330).group(6).driver("vfio-pci");
+        let inventory = kernel.inventory();
+        let bind = plan_bind(&inventory, &Policy::default(), |_| "vfio_pci".into());
+        let unbind = plan_unbind(&inventory, &Policy::default());
+        // The nvidia driver was loaded meanwhile, and has taken both.
+        kernel.fake.get(GPU).driver("nvidia");
+        kernel.fake.get(OTHER).driver("nvidia");
+        for (steps, at) in [(bind, 0), (unbind, 1)] {
+            let outcomes = kernel.executor().run(&inventory, steps, &empty());
+            let error = outcomes[at].result.as_ref().unwrap_err();
+            assert_eq!(error.code(), "DeviceChanged");
+            assert!(error.to_string().contains("is nvidia now"), "{error}");
+        }
+        assert!(kernel.writes.lock().unwrap().is_empty(), "{:?}", kernel.writes.lock().unwrap());
+    }
+
+    #[test]
+    fn another_agents_lock_is_waited_for_and_names_its_holder() {
+        let kernel = Kernel::new();
+        kernel.fake.gpu(GPU, 0x2330).group(5);
+        let executor = kernel.executor();
+        let places = Places::at(kernel.fake.root(), "cc-manager");
+        let lock = DeviceLock::take(GPU.parse().unwrap(), &places).unwrap();
+        let outcomes = kernel.bind(&executor);
+        let error = outcomes[0].result.as_ref().unwrap_err();
+        assert_eq!(error.code(), "LockHeld");
+        assert!(error.to_string().contains("cc-manager"), "{error}");
+        let freed = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(100));
+            drop(lock);
+        });
+        let patient = Executor { lock_timeout: Duration::from_secs(10), ..executor };
+        assert!(kernel.bind(&patient)[0].result.is_ok());
+        freed.join().unwrap();
     }
 
     #[test]
@@ -574,7 +647,7 @@ mod tests {
                 driver_override: None,
                 taken_at: jiff::Timestamp::now(),
             });
-            let steps = plan_unbind(&inventory, &Policy::default(), |_| false);
+            let steps = plan_unbind(&inventory, &Policy::default());
             let outcomes = kernel.executor().run(&inventory, steps, &prior);
             assert_eq!(outcomes[0].result.as_ref().unwrap().as_deref(), afterwards, "{driver:?}");
             assert_eq!(kernel.inventory().gpus().next().unwrap().driver.as_deref(), afterwards);
@@ -583,15 +656,22 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_may_be_held_is_left_bound() {
+    fn a_device_that_may_be_held_is_left_bound_and_untouched() {
         let kernel = Kernel::new();
         kernel.fake.gpu(GPU, 0x2330).group(5).driver("vfio-pci");
+        // A kernel without group files: the device alone can tell, by being asleep.
         kernel.fake.remove_file("dev/vfio/5");
-        let inventory = kernel.inventory();
-        let steps = plan_unbind(&inventory, &Policy::default(), |_| false);
-        let outcomes = kernel.executor().run(&inventory, steps, &empty());
-        assert_eq!(outcomes[0].result.as_ref().unwrap_err().code(), "DevicePerhapsHeld");
+        let unbind = || {
+            let inventory = kernel.inventory();
+            let steps = plan_unbind(&inventory, &Policy::default());
+            kernel.executor().run(&inventory, steps, &empty()).remove(0).result
+        };
+        kernel.fake.get(GPU).power("auto", "active", "D0");
+        assert_eq!(unbind().unwrap_err().code(), "DevicePerhapsHeld");
         assert_eq!(kernel.inventory().gpus().next().unwrap().driver.as_deref(), Some("vfio-pci"));
+        assert!(kernel.writes.lock().unwrap().is_empty(), "{:?}", kernel.writes.lock().unwrap());
+        kernel.fake.get(GPU).power("auto", "suspended", "D3hot");
+        assert_eq!(unbind().unwrap(), None);
     }
 
     #[test]
@@ -599,7 +679,7 @@ mod tests {
         let kernel = Kernel::new();
         kernel.fake.gpu(GPU, 0x2330).group(5);
         let inventory = kernel.inventory();
-        let steps = plan_bind(&inventory, &Policy::default(), |_| "vfio_pci".into(), |_| false);
+        let steps = plan_bind(&inventory, &Policy::default(), |_| "vfio_pci".into());
         let now = jiff::Timestamp::now();
         let first = records(&inventory, &steps, &empty(), now).unwrap();
         assert_eq!(first.devices.len(), 1);

@@ -11,4 +11,3 @@ pub mod controller;
 pub mod executor;
 mod metrics;
 pub mod modalias;
-mod uevents;

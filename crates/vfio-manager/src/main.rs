@@ -8,7 +8,15 @@ use clap::Parser;
 use vfio_manager::args::Cli;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A standard stream that is closed must not hide the exit code.
+            let _ = error.print();
+            // Bad usage is 1, not the parser's 2 (operator-contract section 6.4).
+            return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
     if let Err(error) = agent_core::logs::init(&cli.logs) {
         eprintln!("{error}");
         return ExitCode::FAILURE;
