@@ -111,8 +111,9 @@ impl Args {
         logs::init(&log)?;
         let shutdown = Shutdown::on_signals().context("Signals cannot be handled")?;
         let readiness = readiness::Registry::default();
+        let metrics = metrics::Metrics::new();
         let endpoint = match health.addr()? {
-            Some(addr) => Some(http::bind(addr, readiness.clone(), metrics::Metrics::new()).await?),
+            Some(addr) => Some(http::bind(addr, readiness.clone(), metrics.clone()).await?),
             None => None,
         };
         tracing::info!(
@@ -145,7 +146,7 @@ impl Args {
             }
         };
         // The controller triggers the shutdown when it ends, so that both end.
-        let (ended, ()) = tokio::join!(controller::run(config, shutdown.clone(), readiness), served);
+        let (ended, ()) = tokio::join!(controller::run(config, shutdown.clone(), readiness, &metrics), served);
         ended?;
         tracing::info!(event = "stopped", "Device plugin ended");
         Ok(())

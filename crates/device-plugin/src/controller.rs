@@ -1,26 +1,27 @@
 //! The loop: look at the node, derive the units, write the CDI files, tell the kubelet. On every event, and on a poll.
 
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent_core::metrics::Metrics;
 use agent_core::readiness::{Guard, Registry};
 use agent_core::shutdown::Shutdown;
 use agent_core::text::chain;
+use agent_core::uevents::DeviceEvents;
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle, JoinSet, spawn_blocking};
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::cdi::{CdiFolder, render};
+use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::observe::{ObserveError, Places, observe};
 use crate::plugin::Plugin;
 use crate::server::Snapshot;
-use crate::units::{Fault, Observation, Policy, Unit, units};
-use crate::watch::{DeviceEvents, FolderWatch};
+use crate::units::{Fault, Observation, Policy, Unit, units, withdrawn};
+use crate::watch::FolderWatch;
 
 /// How long one look at the node may take before its units are withdrawn.
 const LOOK: Duration = Duration::from_secs(30);
@@ -56,8 +57,16 @@ pub enum ControllerError {
 }
 
 /// Runs until the shutdown.
-pub async fn run(config: Config, shutdown: Shutdown, readiness: Registry) -> Result<(), ControllerError> {
+pub async fn run(
+    config: Config,
+    shutdown: Shutdown,
+    readiness: Registry,
+    metrics: &Metrics,
+) -> Result<(), ControllerError> {
     let mut controller = Controller {
+        state: FolderWatch::new(&config.places.state_dir),
+        seen: None,
+        metrics: PluginMetrics::register(metrics),
         scanned: readiness.register("scan"),
         cdi: CdiFolder::new(&config.cdi_dir),
         config,
@@ -86,6 +95,11 @@ struct Controller {
     shutdown: Shutdown,
     readiness: Registry,
     scanned: Guard,
+    metrics: PluginMetrics,
+    /// The folder of `devices.json`.
+    state: FolderWatch,
+    /// What was seen last, with cc-manager's word of now.
+    seen: Option<Observation>,
     /// What the kubelet was told last.
     units: Vec<Unit>,
     resources: BTreeMap<ResourceName, watch::Sender<Snapshot>>,
@@ -98,17 +112,24 @@ struct Controller {
 
 impl Controller {
     async fn work(&mut self) -> Result<(), ControllerError> {
-        let mut state = FolderWatch::new(&self.config.places.state_dir);
-        let mut devices: Pin<Box<dyn Future<Output = DeviceEvents> + Send>> = Box::pin(next(DeviceEvents::subscribe()));
+        let mut devices = DeviceEvents::subscribe();
         loop {
-            let began = Instant::now();
-            state.arm();
-            let shutdown = self.shutdown.clone();
-            let looked = tokio::select! {
-                looked = self.look() => looked,
-                () = shutdown.wait() => return Ok(()),
-            };
+            let next = Instant::now() + self.config.poll;
+            self.state.arm();
+            let places = self.config.places.clone();
+            let look = self.pending.take().unwrap_or_else(|| spawn_blocking(move || observe(&places)));
+            let (looked, heard) = self.hearing(look_within(look)).await;
+            let Some((looked, pending)) = looked else { return Ok(()) };
+            self.pending = pending;
             self.apply(looked);
+            // What was seen is older than what cc-manager has said meanwhile.
+            let next = if heard { Instant::now() } else { next };
+            let woken = async {
+                tokio::select! {
+                    () = devices.changed() => {}
+                    () = sleep(next.saturating_duration_since(Instant::now())) => {}
+                }
+            };
             tokio::select! {
                 () = self.shutdown.wait() => return Ok(()),
                 ended = self.tasks.join_next(), if !self.tasks.is_empty() => {
@@ -120,41 +141,51 @@ impl Controller {
                         _ => Err(ControllerError::Ended),
                     };
                 }
-                () = state.changed() => sleep(SETTLE).await,
-                events = &mut devices => {
-                    devices = Box::pin(next(events));
-                    sleep(SETTLE).await;
+                () = self.state.changed() => self.hear(),
+                () = woken => {}
+            }
+            if self.hearing(sleep(SETTLE)).await.0.is_none() {
+                return Ok(());
+            }
+            devices.drain();
+        }
+    }
+
+    /// Waits for `work`, and meanwhile acts on each word of cc-manager; tells whether there was one. None: the shutdown.
+    async fn hearing<T>(&mut self, work: impl Future<Output = T>) -> (Option<T>, bool) {
+        tokio::pin!(work);
+        let mut heard = false;
+        loop {
+            tokio::select! {
+                done = &mut work => return (Some(done), heard),
+                () = self.shutdown.wait() => return (None, heard),
+                () = self.state.changed() => {
+                    self.hear();
+                    heard = true;
                 }
-                () = sleep_until(began + self.config.poll) => {}
             }
         }
     }
 
-    /// One look at the node, on a thread of its own.
-    async fn look(&mut self) -> Result<Observation, String> {
-        let places = self.config.places.clone();
-        let look = self.pending.get_or_insert_with(|| spawn_blocking(move || observe(&places)));
-        let result = timeout_at(Instant::now() + LOOK, &mut *look).await;
-        match result {
-            Err(_) => Err(format!("Reading sysfs has not come back within {LOOK:?}")),
-            Ok(done) => {
-                self.pending = None;
-                match done {
-                    Ok(Ok(observation)) => Ok(observation),
-                    Ok(Err(error)) => Err(chain(&error)),
-                    Err(error) => Err(chain(&error)),
-                }
-            }
-        }
+    /// cc-manager's word has changed: what it takes away is withdrawn now, before the node is looked at again.
+    fn hear(&mut self) {
+        let Some(seen) = &mut self.seen else { return };
+        seen.hear(&self.config.places);
+        let now = withdrawn(&self.config.policy, seen, &self.units);
+        self.tell(now);
     }
 
     /// From what was seen to what Kata finds and the kubelet hears, in this order: what is advertised can be resolved.
     fn apply(&mut self, looked: Result<Observation, String>) {
         let mut now = match looked {
-            Ok(seen) => {
+            Ok(mut seen) => {
                 self.say(None);
                 self.scanned.ready();
-                units(&self.config.policy, &seen, &self.units)
+                // The look took its time, and its word of cc-manager may be an old one.
+                seen.hear(&self.config.places);
+                let units = units(&self.config.policy, &seen, &self.units);
+                self.seen = Some(seen);
+                units
             }
             Err(why) => {
                 self.say(Some(why.clone()));
@@ -163,6 +194,11 @@ impl Controller {
             }
         };
         self.write_cdi(&mut now);
+        self.tell(now);
+    }
+
+    /// Tells the log what is new, and the kubelet.
+    fn tell(&mut self, now: Vec<Unit>) {
         for unit in &now {
             let before = self.units.iter().find(|before| before.id == unit.id && before.bdf == unit.bdf);
             // By cause and not by words: the steps of a mode change are one piece of news.
@@ -178,6 +214,7 @@ impl Controller {
             );
         }
         self.units = now;
+        self.metrics.told(&self.units);
         self.publish();
     }
 
@@ -231,6 +268,7 @@ impl Controller {
                     folder: self.config.plugin_dir.clone(),
                     shutdown: self.shutdown.clone(),
                     ready: self.readiness.register(resource.to_string()),
+                    metrics: self.metrics.clone(),
                 };
                 self.tasks.spawn(plugin.run());
                 self.resources.insert(resource, sender);
@@ -252,10 +290,14 @@ impl Controller {
     }
 }
 
-/// The next device event, with the source of the one after it.
-async fn next(mut events: DeviceEvents) -> DeviceEvents {
-    events.changed().await;
-    events
+/// Waits for a look, and hands it back where it is late: no second thread is sent after it.
+async fn look_within(mut look: Look) -> (Result<Observation, String>, Option<Look>) {
+    match timeout(LOOK, &mut look).await {
+        Err(_) => (Err(format!("Reading sysfs has not come back within {LOOK:?}")), Some(look)),
+        Ok(Ok(Ok(observation))) => (Ok(observation), None),
+        Ok(Ok(Err(error))) => (Err(chain(&error)), None),
+        Ok(Err(error)) => (Err(chain(&error)), None),
+    }
 }
 
 fn tell(unit: &Unit) {

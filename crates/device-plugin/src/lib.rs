@@ -6,9 +6,9 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
-mod backoff;
 pub mod cdi;
 pub mod controller;
+mod metrics;
 pub mod names;
 pub mod observe;
 pub mod plugin;

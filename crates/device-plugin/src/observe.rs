@@ -2,7 +2,7 @@
 //! woken, nothing is sent.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use agent_core::hostfile::HostDir;
 use agent_core::state::{DEVICES_FILE, DevicesFile};
@@ -48,9 +48,16 @@ pub fn observe(places: &Places) -> Result<Observation, ObserveError> {
         container: has_device(root, "misc", "vfio", "dev/vfio/vfio"),
         groups: groups(&inventory, root),
         alive: mains().map(|main| (main.bdf, liveness(root, main.bdf).map_err(|error| chain(&error)))).collect(),
-        verdicts: verdicts(places, inventory.host.boot_id.as_deref()),
+        verdicts: verdicts(&places.state_dir, inventory.host.boot_id.as_deref()),
         inventory,
     })
+}
+
+impl Observation {
+    /// Reads cc-manager's word anew and leaves the rest as it was: a file in memory, read in no time.
+    pub fn hear(&mut self, places: &Places) {
+        self.verdicts = verdicts(&places.state_dir, self.inventory.host.boot_id.as_deref());
+    }
 }
 
 /// Whether the kernel has made the character device `name` of `class`. In a container /dev is a copy from the time of
@@ -73,10 +80,10 @@ fn groups(inventory: &Inventory, root: &SysRoot) -> BTreeSet<u32> {
     groups.into_iter().filter(has_node).collect()
 }
 
-fn verdicts(places: &Places, boot_id: Option<&str>) -> Verdicts {
-    let path = places.state_dir.join(DEVICES_FILE);
+fn verdicts(state_dir: &Path, boot_id: Option<&str>) -> Verdicts {
+    let path = state_dir.join(DEVICES_FILE);
     let Some(boot_id) = boot_id else { return Verdicts::Unknown("The kernel's boot id cannot be read".into()) };
-    let loaded = match HostDir::open_existing(&places.state_dir) {
+    let loaded = match HostDir::open_existing(state_dir) {
         Ok(Some(folder)) => DevicesFile::load(&folder, boot_id),
         Ok(None) => Ok(None),
         Err(error) => Err(error.into()),

@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use agent_core::backoff::Backoff;
 use agent_core::readiness::Guard;
 use agent_core::shutdown::Shutdown;
 use agent_core::text::chain;
@@ -16,7 +17,7 @@ use kubelet_api::{KUBELET_SOCKET, VERSION, socket};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use crate::backoff::Backoff;
+use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::server::{Service, Snapshot, options};
 use crate::watch::FolderWatch;
@@ -31,6 +32,9 @@ const REGISTER: Duration = Duration::from_secs(15);
 const DRAIN: Duration = Duration::from_secs(2);
 /// How long the kubelet may go without a ListAndWatch stream before it is told of us again.
 const UNHEARD: Duration = Duration::from_secs(5);
+/// First and longest wait before the kubelet is asked again. Spread at random, so that several resources (and several
+/// nodes after a power cut) do not knock at the same moment.
+const RETRY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(30)];
 /// How often the sockets are looked at when the folder can be watched, and when it cannot.
 const LOOK: [Duration; 2] = [Duration::from_secs(15), Duration::from_secs(1)];
 
@@ -47,6 +51,7 @@ pub struct Plugin {
     pub shutdown: Shutdown,
     /// Says whether the kubelet listens to us.
     pub ready: Guard,
+    pub(crate) metrics: PluginMetrics,
 }
 
 /// Why the kubelet does not know of us.
@@ -126,7 +131,7 @@ impl Plugin {
     /// Serves and registers until the shutdown, whatever the kubelet does meanwhile.
     pub async fn run(mut self) {
         let endpoint = endpoint(&self.resource, &self.folder);
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::new(RETRY[0], RETRY[1]);
         let mut said = Said::default();
         while !self.shutdown.is_requested() {
             // Nothing is served before there is something to serve.
@@ -140,7 +145,7 @@ impl Plugin {
                 Ok(End::Lost(why)) => tracing::info!(resource = %self.resource, why, "Serving again"),
                 Err(error) => {
                     said.warn(&self.resource, chain(&error));
-                    let delay = backoff.next();
+                    let delay = backoff.next_delay();
                     tokio::select! {
                         () = sleep(delay) => {}
                         () = self.shutdown.wait() => return,
@@ -169,7 +174,8 @@ impl Plugin {
 
         let (streams, listening) = watch::channel(0);
         let (stop, stopped) = watch::channel(false);
-        let service = Service::new(self.resource.clone(), self.units.clone(), streams, stopped.clone());
+        let service =
+            Service::new(self.resource.clone(), self.units.clone(), self.metrics.clone(), streams, stopped.clone());
         let router = tonic::transport::Server::builder().add_service(DevicePluginServer::new(service));
         let mut stopped = stopped;
         let mut server = tokio::spawn(socket::serve(router, listener, async move {
@@ -247,7 +253,7 @@ impl Plugin {
                     && let Some(kubelet) = known
                 {
                     // It has us registered and does not listen: not a reason to knock without pause.
-                    refused = Some((kubelet, now + backoff.next()));
+                    refused = Some((kubelet, now + backoff.next_delay()));
                 }
                 known = None;
                 unheard = None;
@@ -266,6 +272,7 @@ impl Plugin {
                             refused = None;
                             unheard = Some(Instant::now());
                             said.0 = None;
+                            self.metrics.registered(&self.resource);
                             let units = self.units.borrow().len();
                             tracing::info!(
                                 event = "registered", resource = %self.resource, units, endpoint,
@@ -274,7 +281,7 @@ impl Plugin {
                         }
                         Err(error) => {
                             said.warn(&self.resource, chain(&error));
-                            refused = Some((id, Instant::now() + backoff.next()));
+                            refused = Some((id, Instant::now() + backoff.next_delay()));
                         }
                     }
                     // Much may have happened during the call: look again before waiting.

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
+use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::units::{Unit, order_of};
 
@@ -32,19 +33,21 @@ pub(crate) fn options() -> DevicePluginOptions {
 pub struct Service {
     resource: ResourceName,
     units: watch::Receiver<Snapshot>,
+    metrics: PluginMetrics,
     streams: watch::Sender<usize>,
     stop: watch::Receiver<bool>,
 }
 
 impl Service {
     /// Serves `units`; counts open ListAndWatch streams in `streams`, and ends them when `stop` becomes true.
-    pub fn new(
+    pub(crate) fn new(
         resource: ResourceName,
         units: watch::Receiver<Snapshot>,
+        metrics: PluginMetrics,
         streams: watch::Sender<usize>,
         stop: watch::Receiver<bool>,
     ) -> Self {
-        Self { resource, units, streams, stop }
+        Self { resource, units, metrics, streams, stop }
     }
 }
 
@@ -109,7 +112,9 @@ impl DevicePlugin for Service {
         let units = self.units.borrow().clone();
         let requests = request.into_inner().container_requests;
         let ids: Vec<&[String]> = requests.iter().map(|request| request.devices_ids.as_slice()).collect();
-        match allocate(&self.resource, &units, &ids) {
+        let result = allocate(&self.resource, &units, &ids);
+        self.metrics.allocation(&self.resource, result.is_ok());
+        match result {
             Ok(response) => {
                 let ids = ids.concat().join(",");
                 tracing::info!(event = "allocated", resource = %self.resource, ids, "Units were allocated to a pod");

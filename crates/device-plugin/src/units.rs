@@ -165,8 +165,8 @@ pub enum Fault {
     /// A device node is missing.
     #[error("The kernel offers no {0}")]
     NoNode(String),
-    /// In D3cold, powered off.
-    #[error("{0} is powered off (D3cold)")]
+    /// In D3cold without having been suspended by its driver.
+    #[error("{0} has lost its power (D3cold), though its driver has not suspended it")]
     Cold(Bdf),
     /// Reads of configuration space give ones.
     #[error("{0} does not answer: it is off the bus, or its link is down")]
@@ -240,6 +240,14 @@ pub fn units(policy: &Policy, seen: &Observation, before: &[Unit]) -> Vec<Unit> 
     settle_ids(&mut units);
     units.sort_by(|a, b| (&a.resource, a.order()).cmp(&(&b.resource, b.order())));
     units
+}
+
+/// `units` as they are to be told at once when cc-manager has spoken and the node has not been looked at since: what its
+/// word takes away is taken away, and nothing is given back. That waits for the look.
+pub fn withdrawn(policy: &Policy, seen: &Observation, units: &[Unit]) -> Vec<Unit> {
+    let heard = self::units(policy, seen, units);
+    let fault = |unit: &Unit| heard.iter().find(|now| now.bdf == unit.bdf && now.ids == unit.ids)?.fault.clone();
+    units.iter().map(|unit| Unit { fault: unit.fault.clone().or_else(|| fault(unit)), ..unit.clone() }).collect()
 }
 
 /// GPUs and switches, those that share an IOMMU group together, each list by address.
@@ -395,6 +403,10 @@ fn liveness(seen: &Observation, main: &PciFunction) -> Option<Fault> {
         Some(Ok(Liveness::Answers)) => None,
         Some(Ok(Liveness::Silent)) => Some(Fault::Dead(bdf)),
         Some(&Ok(Liveness::Other(vendor))) => Some(Fault::NotReady { bdf, vendor }),
+        // vfio-pci suspends a device that nobody has opened, and a platform may then cut the slot's power. It is idle and
+        // not dead: opening it wakes it. It is not asked, since that would wake it, too. Cold while the kernel believes
+        // that it runs is another matter.
+        Some(Ok(Liveness::Asleep)) if main.power.runtime_status.as_deref() == Some("suspended") => None,
         Some(Ok(Liveness::Asleep)) => Some(Fault::Cold(bdf)),
         Some(Err(cause)) => Some(Fault::Unreadable { bdf, cause: cause.clone() }),
         None => Some(Fault::Unreadable { bdf, cause: "Not read".into() }),

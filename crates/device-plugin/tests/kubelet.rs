@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use agent_core::hostfile::HostDir;
+use agent_core::metrics::Metrics;
 use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
+use agent_core::state::{DeviceRecord, DevicesFile, Identity, Origin, Transition};
 use device_plugin::controller::{Config, ControllerError, run};
 use device_plugin::observe::Places;
 use device_plugin::units::{BackendChoice, CcGate, IdScheme, Policy};
@@ -146,6 +149,8 @@ struct Node {
     place: tempfile::TempDir,
     shutdown: Shutdown,
     readiness: Registry,
+    metrics: Metrics,
+    poll: Duration,
 }
 
 impl Node {
@@ -156,7 +161,14 @@ impl Node {
         fake.gpu("0000:c1:00.0", 0x2330).group(6).numa(1).driver("vfio-pci").cdev(1);
         let place = tempfile::tempdir().unwrap();
         std::fs::create_dir(place.path().join("plugins")).unwrap();
-        Self { fake, place, shutdown: Shutdown::manual(), readiness: Registry::default() }
+        Self {
+            fake,
+            place,
+            shutdown: Shutdown::manual(),
+            readiness: Registry::default(),
+            metrics: Metrics::new(),
+            poll: Duration::from_millis(50),
+        }
     }
 
     fn plugins(&self) -> PathBuf {
@@ -179,9 +191,10 @@ impl Node {
             },
             cdi_dir: self.place.path().join("cdi"),
             plugin_dir: self.plugins(),
-            poll: Duration::from_millis(50),
+            poll: self.poll,
         };
-        tokio::spawn(run(config, self.shutdown.clone(), self.readiness.clone()))
+        let (shutdown, readiness, metrics) = (self.shutdown.clone(), self.readiness.clone(), self.metrics.clone());
+        tokio::spawn(async move { run(config, shutdown, readiness, &metrics).await })
     }
 
     async fn client(&self) -> DevicePluginClient<Channel> {
@@ -376,6 +389,61 @@ async fn a_kubelet_that_stops_to_listen_is_registered_with_again() {
     until("registered again", || kubelet.registrations() > before).await;
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
     until("ready again", || node.readiness.is_ready()).await;
+    node.end(agent).await;
+    kubelet.end().await;
+}
+
+/// `devices.json` with all GPUs verified, and a change of modes under way or not.
+fn cc_manager_says(node: &Node, changing: bool) {
+    let inventory = hw_probe::Inventory::scan(&node.fake.root());
+    let record = |gpu: &hw_probe::PciFunction| DeviceRecord {
+        bdf: gpu.bdf,
+        identity: Identity::of(gpu),
+        configured_mode: Some("on".into()),
+        active_mode: Some("on".into()),
+        verified_at: Some(jiff::Timestamp::now()),
+        usable: !changing,
+        error: None,
+    };
+    let transition = || Transition { target: "on".into(), step: "changing".into(), started_at: jiff::Timestamp::now() };
+    DevicesFile {
+        origin: Origin::now(inventory.host.boot_id.clone().unwrap(), None),
+        transition: changing.then(transition),
+        devices: inventory.gpus().map(record).collect(),
+    }
+    .store(&HostDir::open(node.place.path().join("state")).unwrap())
+    .unwrap();
+}
+
+#[tokio::test]
+async fn cc_managers_word_is_heard_without_a_poll_and_counted() {
+    let node = Node { poll: Duration::from_hours(1), ..Node::new() };
+    cc_manager_says(&node, false);
+    let kubelet = Running::start(&node.plugins());
+    let agent = node.start(BackendChoice::Auto);
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    for _ in 0..5 {
+        cc_manager_says(&node, true);
+        kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Unhealthy", "0000:c1:00.0 Unhealthy"]).await;
+        let status = node.client().await.allocate(allocate(&["0000:41:00.0"])).await.unwrap_err();
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        // The word may come while the node is being looked at; the last one counts.
+        cc_manager_says(&node, false);
+        cc_manager_says(&node, true);
+        cc_manager_says(&node, false);
+        kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    }
+    node.client().await.allocate(allocate(&["0000:41:00.0"])).await.unwrap();
+    let text = node.metrics.encode().unwrap();
+    for line in [
+        "ccnode_plugin_units{resource=\"nvidia.com/pgpu\",health=\"healthy\",code=\"\"} 2",
+        "ccnode_plugin_registrations_total{resource=\"nvidia.com/pgpu\"} 1",
+        "ccnode_plugin_allocations_total{resource=\"nvidia.com/pgpu\",result=\"given\"} 1",
+        "ccnode_plugin_allocations_total{resource=\"nvidia.com/pgpu\",result=\"refused\"} 5",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}:\n{text}");
+    }
+    assert!(!text.contains("unhealthy"), "{text}");
     node.end(agent).await;
     kubelet.end().await;
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use agent_core::hostfile::HostDir;
 use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Identity, Origin, Transition};
 use device_plugin::observe::{Places, observe};
-use device_plugin::units::{Backend, BackendChoice, CcGate, IdScheme, Policy, Unit, units};
+use device_plugin::units::{Backend, BackendChoice, CcGate, IdScheme, Policy, Unit, units, withdrawn};
 use hw_probe::Inventory;
 use hw_probe::testing::FakeSysfs;
 
@@ -174,8 +174,18 @@ fn each_cause_has_its_reason() {
         ("config-unreadable", "configuration space", |fake| {
             fake.get(GPU).config(&[]);
         }),
-        ("d3cold", "powered off", |fake| {
+        ("d3cold", "lost its power", |fake| {
+            fake.get(GPU).power("on", "active", "D3cold").config(&[0xff; 4096]);
+        }),
+        ("d3cold", "lost its power", |fake| {
+            fake.get(GPU).power("auto", "error", "D3cold").config(&[0xff; 4096]);
+        }),
+        // Suspended by vfio-pci, and its slot powered off by the platform: idle, and woken by whoever opens it.
+        ("", "", |fake| {
             fake.get(GPU).power("auto", "suspended", "D3cold").config(&[0xff; 4096]);
+        }),
+        ("not-vfio", "no driver", |fake| {
+            fake.get(GPU).no_driver().power("auto", "suspended", "D3cold").config(&[0xff; 4096]);
         }),
         ("", "", |fake| {
             fake.get(GPU).power("auto", "suspended", "D3hot");
@@ -316,6 +326,27 @@ fn cc_managers_word_counts_and_may_be_required() {
             assert_eq!(units[0].nodes.len(), 1, "a pod that was admitted before can still be resolved");
         }
     }
+}
+
+#[test]
+fn what_cc_manager_takes_away_goes_at_once_and_what_it_gives_waits_for_a_look() {
+    let fake = one_gpu();
+    devices_file(&fake, BOOT, |_| {});
+    let mut seen = observe(&places(&fake)).unwrap();
+    let offered = units(&policy(), &seen, &[]);
+    assert_eq!(code(&offered), "");
+    devices_file(&fake, BOOT, |file| {
+        file.transition =
+            Some(Transition { target: "on".into(), step: "changing".into(), started_at: jiff::Timestamp::now() });
+    });
+    seen.hear(&places(&fake));
+    let gone = withdrawn(&policy(), &seen, &offered);
+    assert_eq!(code(&gone), "in-transition");
+    assert_eq!(gone[0].nodes, offered[0].nodes);
+    devices_file(&fake, BOOT, |_| {});
+    seen.hear(&places(&fake));
+    assert_eq!(code(&withdrawn(&policy(), &seen, &gone)), "in-transition");
+    assert_eq!(code(&units(&policy(), &observe(&places(&fake)).unwrap(), &gone)), "");
 }
 
 #[test]
