@@ -26,6 +26,8 @@ pub struct Boot {
     pub append: String,
     /// Memory in MiB, where the topology's is not enough.
     pub memory_mib: Option<u32>,
+    /// Leave VFIO's modules to be loaded by whoever needs them, by `modprobe`.
+    pub without_vfio_modules: bool,
     /// How long the guest may run before it is ended, whatever it does.
     pub lifetime: Duration,
 }
@@ -41,13 +43,24 @@ impl Boot {
             trace_file: None,
             append: String::new(),
             memory_mib: None,
+            without_vfio_modules: false,
             lifetime: Duration::from_mins(30),
         })
     }
 
     /// Boots it with the workspace's programs in `/usr/bin`. What is missing of kernel and QEMU is fetched and built.
     pub fn guest(self) -> anyhow::Result<Guest> {
-        let Self { mut topology, kernel, adds, knob_file, trace_file, append, memory_mib, lifetime } = self;
+        let Self {
+            mut topology,
+            kernel,
+            adds,
+            knob_file,
+            trace_file,
+            append,
+            memory_mib,
+            without_vfio_modules,
+            lifetime,
+        } = self;
         if let Some(memory) = memory_mib {
             topology.vm.memory_mib = memory;
         }
@@ -59,6 +72,9 @@ impl Boot {
             .append(&append)
             .hostname(crate::node::NODE)
             .lifetime(lifetime);
+        if without_vfio_modules {
+            builder = builder.without_vfio_modules();
+        }
         builder = builder.agent(folder.join("lab-guest"));
         let names = tempfile::tempdir().context("No folder for the programs' further names")?;
         for (name, others) in PROGRAMS {
