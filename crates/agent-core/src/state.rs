@@ -118,6 +118,7 @@ impl Identity {
     /// The identity of a function as the scan saw it.
     pub fn of(function: &PciFunction) -> Self {
         Self {
+            instance: function.instance,
             ids: format!("{:04x}:{:04x}", function.vendor, function.device),
             subsystem: function
                 .subsystem_vendor
@@ -196,6 +197,10 @@ pub struct DeviceRecord {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Identity {
+    /// The kernel's number for it in this boot ([`PciFunction::instance`]): a device that was taken out and put back is
+    /// another one, even of the same model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<u64>,
     /// Vendor and device id, `10de:2330`.
     pub ids: String,
     /// Subsystem ids, `10de:16c1`.
@@ -252,7 +257,11 @@ mod tests {
             transition: None,
             devices: vec![DeviceRecord {
                 bdf: "0000:41:00.0".parse().unwrap(),
-                identity: Identity { ids: "10de:2330".to_owned(), subsystem: Some("10de:16c1".to_owned()) },
+                identity: Identity {
+                    instance: Some(4711),
+                    ids: "10de:2330".to_owned(),
+                    subsystem: Some("10de:16c1".to_owned()),
+                },
                 configured_mode: Some("on".to_owned()),
                 active_mode: Some("on".to_owned()),
                 verified_at: Some(jiff::Timestamp::now()),

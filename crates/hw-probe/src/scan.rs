@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::function::{Bar, DRIVER_UNREADABLE, DeviceKind, Link, Model, PciFunction, Power, RESET_UNNAMED, VfioCdev};
