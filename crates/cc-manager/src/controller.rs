@@ -1,6 +1,7 @@
 //! The loop: watch the node, plan, act, publish.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,6 +62,8 @@ struct Memory {
     publication: Option<Publication>,
     /// The last `devices.json`, should the file be lost.
     known: Option<DevicesFile>,
+    /// Whether the file says the same.
+    on_disk: bool,
     /// Whether the readiness file has been made.
     attempted: bool,
     /// When to look again.
@@ -100,6 +103,7 @@ impl<F: Firmware> Controller<F> {
             label: None,
             publication: None,
             known: None,
+            on_disk: false,
             attempted: false,
             next_round: Instant::now(),
             next_publish: None,
@@ -189,10 +193,8 @@ impl<F: Firmware> Controller<F> {
     /// Brings the node object to what the last round found; retried by time and by every change of the node.
     async fn publish(&mut self) {
         let Some(publication) = &self.memory.publication else { return };
-        let view = self.node.view();
-        let label = view.node().map(|node| node.label(labels::CC_MODE).unwrap_or_default());
-        if label.is_some_and(|label| self.memory.label.as_deref() != Some(label)) {
-            // Another mode is wanted by now, and the next round is due at once: the gate is not opened in between.
+        if self.is_superseded() {
+            // The next round is due at once: the gate is not opened in between.
             return;
         }
         match self.node.merge(&publication.change()).await {
@@ -210,6 +212,13 @@ impl<F: Firmware> Controller<F> {
                 self.memory.next_publish = Some(Instant::now() + delay);
             }
         }
+    }
+
+    /// Whether another mode is wanted by now than the round was about.
+    fn is_superseded(&self) -> bool {
+        let view = self.node.view();
+        let label = view.node().map(|node| node.label(labels::CC_MODE).unwrap_or_default());
+        label.is_some_and(|label| self.memory.label.as_deref() != Some(label))
     }
 
     fn api_delay(&mut self, error: &NodeError, what: &str) -> Duration {
@@ -253,6 +262,7 @@ impl<F: Firmware> Controller<F> {
         let state = StateDir { path: self.settings.state_dir.clone(), boot_id, node_uid: node.uid.clone() };
         let (known, on_disk) = state.load(self.memory.known.take());
         self.memory.known.clone_from(&known);
+        self.memory.on_disk = on_disk;
 
         // The first act in a new boot: whatever the labels say, they say it of another boot.
         let has_gpus = inventory.gpus().next().is_some();
@@ -273,8 +283,7 @@ impl<F: Firmware> Controller<F> {
             }
             Wanted::Unknown(text, source) => {
                 let error = plan::unknown_mode(&text, source);
-                self.fail(&state, &inventory, &text, &error, &[]);
-                return Round::Rest;
+                return self.refuse(&state, &text, &error, plan::records(&inventory, None, known.as_ref(), &[]));
             }
         };
         if source == Source::Label && mode != Mode::Off && inventory.host.tee == Tee::None {
@@ -287,10 +296,18 @@ impl<F: Firmware> Controller<F> {
         match plan::plan(&inventory, mode, known.as_ref()) {
             Action::NoGpus => {
                 self.say(tracing::Level::INFO, "This node has no NVIDIA GPU: nothing to do");
+                if known.is_some_and(|known| !known.devices.is_empty()) {
+                    // They were here in this boot: what the node object says of them is not true any more.
+                    if let Err(round) = self.withdraw(shutdown).await {
+                        return round;
+                    }
+                    self.keep(&state, Vec::new());
+                }
                 Round::Rest
             }
             Action::Blind(error) => {
-                self.fail(&state, &inventory, mode.as_str(), &error, &[]);
+                let devices = known.map_or_else(Vec::new, |known| known.devices);
+                self.refuse(&state, mode.as_str(), &error, plan::withheld(devices));
                 Round::Retry
             }
             Action::Impossible(faults) => {
@@ -301,16 +318,16 @@ impl<F: Firmware> Controller<F> {
                         lines(&faults)
                     ),
                 };
-                let mut records = plan::records(&inventory, mode, known.as_ref(), &[]);
+                let mut records = plan::records(&inventory, Some(mode), known.as_ref(), &[]);
                 plan::apply_faults(&mut records, &faults);
-                self.fail(&state, &inventory, mode.as_str(), &error, &records);
-                Round::Rest
+                self.refuse(&state, mode.as_str(), &error, plan::withheld(records))
             }
             Action::Settled => {
-                let records = plan::settled_records(&inventory, mode, known.as_ref());
-                let stands = known.as_ref().is_some_and(|known| known.transition.is_none() && known.devices == records);
-                if !(stands && on_disk) {
-                    self.store(&state, None, records.clone());
+                let records = plan::records(&inventory, Some(mode), known.as_ref(), &[]);
+                if !self.keep(&state, records.clone()) {
+                    let error = state.unwritable("so the other agents cannot be told that every device is verified");
+                    self.conclude(Verdict::NotBegun, &state, mode.as_str(), Some(&error), &records);
+                    return Round::Retry;
                 }
                 self.say(tracing::Level::INFO, &format!("Every device is verified in mode {mode} ({source})"));
                 self.conclude(Verdict::Applied(mode), &state, mode.as_str(), None, &records);
@@ -336,13 +353,16 @@ impl<F: Firmware> Controller<F> {
             let message =
                 "The kernel's boot id cannot be read, so nothing verified could be told from an earlier boot's";
             let error = ErrorRecord { code: "NoBootId".to_owned(), message: message.to_owned() };
-            self.fail(state, inventory, mode.as_str(), &error, &[]);
+            self.refuse(state, mode.as_str(), &error, Vec::new());
             return Round::Retry;
         }
         if let Err(round) = self.withdraw(shutdown).await {
             return round;
         }
-        let mut records = plan::records(inventory, mode, known, &devices);
+        if shutdown.is_requested() {
+            return Round::Ended;
+        }
+        let mut records = plan::records(inventory, Some(mode), known, &devices);
         // What an earlier attempt left over is changed without taking the devices that are right from their users.
         let transition = whole.then(|| Transition {
             target: mode.to_string(),
@@ -354,13 +374,9 @@ impl<F: Firmware> Controller<F> {
             plan::forget(&mut journal, &devices);
         }
         if !self.store(state, transition, journal) {
-            let message = format!("{} cannot be written, so no device is touched", state.path.display());
-            let error = ErrorRecord { code: "StateFile".to_owned(), message };
+            let error = state.unwritable("so no device is touched");
             self.conclude(Verdict::NotBegun, state, mode.as_str(), Some(&error), &records);
             return Round::Retry;
-        }
-        if shutdown.is_requested() {
-            return Round::Ended;
         }
 
         tracing::info!(
@@ -372,10 +388,13 @@ impl<F: Firmware> Controller<F> {
             "Change of mode begins"
         );
         let begun = Instant::now();
-        let outcome = executor::apply(&self.firmware, devices, mode).await;
+        let outcome = tokio::select! {
+            outcome = executor::apply(&self.firmware, devices, mode) => outcome,
+            never = self.keep_shut() => match never {},
+        };
         let took_ms = millis(begun.elapsed());
 
-        let (verdict, error) = match outcome {
+        let (mut verdict, mut error) = match outcome {
             Ok(results) => {
                 plan::apply_results(&mut records, &results);
                 let faults: Vec<&DeviceFault> =
@@ -400,7 +419,15 @@ impl<F: Firmware> Controller<F> {
                 (if busy { Verdict::NotBegun } else { Verdict::Failed }, error)
             }
         };
-        self.store(state, None, records.clone());
+        if self.is_superseded() {
+            // Verified, but not in what is wanted by now: the next round decides.
+            records = plan::withheld(records);
+        }
+        if !self.store(state, None, records.clone()) && matches!(verdict, Verdict::Applied(_)) {
+            // The others still read of a transition: a gate that is open now would lead pods to a node that offers nothing.
+            verdict = Verdict::Failed;
+            error = Some(state.unwritable("so the other agents cannot be told that every device is verified"));
+        }
         let result = match verdict {
             Verdict::Applied(_) => "applied",
             Verdict::Failed => "failed",
@@ -413,9 +440,33 @@ impl<F: Firmware> Controller<F> {
         round
     }
 
+    /// Shuts the node's gate again whenever somebody opens it: a person, another agent, or a patch of our own that the API
+    /// server had given up for lost.
+    async fn keep_shut(&self) -> Infallible {
+        let is_open = |node: &Arc<NodeState>| node.label(labels::CC_READY_STATE).is_some_and(|ready| !ready.is_empty());
+        let mut view = self.node.subscribe();
+        loop {
+            if view.borrow_and_update().node().is_some_and(is_open) {
+                tracing::warn!(
+                    event = "withdrawn",
+                    step = "withdraw",
+                    "Node was made ready during a change: withdrawn again"
+                );
+                if let Err(error) = self.node.merge(&shut()).await {
+                    self.counters.patch_failed();
+                    tracing::warn!(code = error.code(), "Node is not withdrawn yet: {}", error.line());
+                    tokio::time::sleep(GUARD_RETRY).await;
+                    continue;
+                }
+            }
+            // The sender lives in `self.node`, so this is always a change.
+            let _ = view.changed().await;
+        }
+    }
+
     /// Makes sure that the node's gate is shut before anything is done.
     async fn withdraw(&mut self, shutdown: &Shutdown) -> Result<(), Round> {
-        let shut = Change::new().label(labels::CC_READY_STATE, "");
+        let shut = shut();
         let merged = tokio::select! {
             merged = self.node.merge(&shut) => merged,
             () = shutdown.wait() => return Err(Round::Ended),
@@ -440,29 +491,13 @@ impl<F: Firmware> Controller<F> {
         }
     }
 
-    /// A failure that touched nothing.
-    fn fail(
-        &mut self,
-        state: &StateDir,
-        inventory: &Inventory,
-        wanted: &str,
-        error: &ErrorRecord,
-        records: &[DeviceRecord],
-    ) {
+    /// What is asked for cannot be begun: nothing is touched, and no device is in what is wanted.
+    fn refuse(&mut self, state: &StateDir, wanted: &str, error: &ErrorRecord, records: Vec<DeviceRecord>) -> Round {
         if self.memory.said.insert(error.message.clone()) {
             tracing::error!(event = "refused", code = error.code, "{}", error.message);
         }
-        let known;
-        let records = if records.is_empty() {
-            known = self.memory.known.as_ref().map_or_else(Vec::new, |known| {
-                let present = |record: &&DeviceRecord| inventory.get(record.bdf).is_some();
-                known.devices.iter().filter(present).cloned().collect()
-            });
-            &known
-        } else {
-            records
-        };
-        self.conclude(Verdict::Failed, state, wanted, Some(error), records);
+        self.conclude(Verdict::Failed, state, wanted, Some(error), &records);
+        if self.keep(state, records) { Round::Rest } else { Round::Retry }
     }
 
     /// Decides what is to stand on the node object until the next attempt.
@@ -478,6 +513,13 @@ impl<F: Firmware> Controller<F> {
         self.memory.publication = Some(Publication::new(verdict, facts));
     }
 
+    /// Sees to it that `devices.json` says this, and that no transition is under way; whether it does.
+    fn keep(&mut self, state: &StateDir, devices: Vec<DeviceRecord>) -> bool {
+        let known = self.memory.known.as_ref();
+        let stands = known.is_some_and(|known| known.transition.is_none() && known.devices == devices);
+        (stands && self.memory.on_disk) || self.store(state, None, devices)
+    }
+
     /// Replaces `devices.json`, and says whether that went well.
     fn store(&mut self, state: &StateDir, transition: Option<Transition>, devices: Vec<DeviceRecord>) -> bool {
         let origin = Origin::now(state.boot_id.clone(), Some(state.node_uid.clone()));
@@ -488,7 +530,8 @@ impl<F: Firmware> Controller<F> {
         }
         self.counters.devices(&file);
         self.memory.known = Some(file);
-        stored.is_ok()
+        self.memory.on_disk = stored.is_ok();
+        self.memory.on_disk
     }
 
     /// Logs once what does not change from round to round.
@@ -513,6 +556,14 @@ impl<F: Firmware> Controller<F> {
     }
 }
 
+/// How long after a failure the gate is tried to be shut again while devices are being changed.
+const GUARD_RETRY: Duration = Duration::from_secs(1);
+
+/// The change that shuts the node's gate.
+fn shut() -> Change {
+    Change::new().label(labels::CC_READY_STATE, "")
+}
+
 /// What is to be changed, and why.
 struct Attempt {
     mode: Mode,
@@ -529,6 +580,15 @@ struct StateDir {
 }
 
 impl StateDir {
+    fn unwritable(&self, so: &str) -> ErrorRecord {
+        let message = format!(
+            "devices.json in {} cannot be written, {so}; the log has the cause; make it a directory of root's alone with \
+             space left",
+            self.path.display()
+        );
+        ErrorRecord { code: "StateFile".to_owned(), message }
+    }
+
     /// What has been verified in this boot: the file's word, or what we remember of it if it is lost; and whether it was
     /// the file's.
     fn load(&self, memory: Option<DevicesFile>) -> (Option<DevicesFile>, bool) {

@@ -2,10 +2,15 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use agent_core::state::ErrorRecord;
-use gpu_firmware::{Fault, Milestone, Mode, Ownership, Places, Progress, Transaction};
+use gpu_firmware::{Fault, Milestone, Mode, Ownership, Places, Progress, SystemClock, Transaction};
 use hw_probe::{Bdf, PciFunction};
+
+/// How long a lock may be held by another role of ccnode before a device counts as busy: vfio-manager holds one for the
+/// time of a bind.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the agent needs of the firmware crate; tests put a fake in its place.
 pub trait Firmware: Send + Sync + 'static {
@@ -35,8 +40,6 @@ pub struct Verified {
     pub active: String,
     /// When both were read.
     pub at: jiff::Timestamp,
-    /// Whether it was reset on the way.
-    pub was_reset: bool,
 }
 
 /// What is wrong with one device.
@@ -75,7 +78,7 @@ impl GpuFirmware {
 
 impl Firmware for GpuFirmware {
     fn apply(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
-        let ownership = Ownership::take(devices, &self.places)
+        let ownership = Ownership::take_within(devices, &self.places, LOCK_PATIENCE, &SystemClock)
             .map_err(|refused| refused.0.iter().map(DeviceFault::from).collect::<Vec<_>>())?;
         for device in ownership.devices() {
             let hold = format!("{:?}", device.hold());
@@ -91,7 +94,6 @@ impl Firmware for GpuFirmware {
                     configured: target.to_string(),
                     active: done.effective.to_string(),
                     at: jiff::Timestamp::try_from(done.verified_at).unwrap_or_else(|_| jiff::Timestamp::now()),
-                    was_reset: done.was_reset,
                 }),
             })
             .collect())

@@ -4,6 +4,12 @@
 //! closes the difference: withdraw (`cc.ready.state=""`), own every device, change all in parallel, verify, publish. It
 //! does so at start, on every change of the label, after failures with growing delays, and on a slow poll.
 //!
+//! At every moment the gate is the narrower of two: `cc.ready.state` on the node object, which the scheduler goes by, and
+//! `devices.json` on the host, which the device plugin goes by. When a change begins the label is withdrawn first; when it
+//! has ended well the file is written first. The plugin then needs a moment (about 0.2 s) until the kubelet has heard of
+//! it, and nothing that this agent can see tells when: a pod that is bound to the node in that moment is refused by the
+//! kubelet once (`UnexpectedAdmissionError`) and made anew by its controller. It never gets a GPU in another mode.
+//!
 //! `plan` decides and does no I/O; `executor` drives the GPUs; `controller` is the loop between them and the node object.
 
 #![forbid(unsafe_code)]
@@ -110,7 +116,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where the readiness file and the exchanged files are by default.
+/// Where the readiness file is by default.
 fn default_readiness_file() -> PathBuf {
     PathBuf::from("/run/nvidia/validations/.cc-manager-ctr-ready")
 }

@@ -77,7 +77,7 @@ pub(crate) fn unknown_mode(text: &str, source: Source) -> ErrorRecord {
 pub(crate) enum Action {
     /// There is no GPU: nothing to do and nothing to tell.
     NoGpus,
-    /// PCI devices cannot be listed: whether there are GPUs is not known.
+    /// PCI devices cannot be listed, or one cannot be told apart: which GPUs there are is not known.
     Blind(ErrorRecord),
     /// These devices cannot be in that mode; nothing is touched.
     Impossible(Vec<DeviceFault>),
@@ -104,12 +104,22 @@ fn is_always_off(function: &PciFunction) -> bool {
 
 /// Decides.
 pub(crate) fn plan(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile>) -> Action {
-    if inventory.gpus().next().is_none() {
-        let blind = inventory.problems.iter().find(|problem| problem.bdf.is_none());
-        return blind.map_or(Action::NoGpus, |problem| {
-            let message = format!("Cannot tell which GPUs this node has: {}: {}", problem.path, problem.message);
-            Action::Blind(ErrorRecord { code: "SysfsUnreadable".to_owned(), message })
-        });
+    let no_gpus = inventory.gpus().next().is_none();
+    // A function that is there and could not be told apart may be a GPU, in whatever mode.
+    let blind = inventory.problems.iter().find(|problem| match problem.bdf {
+        Some(bdf) => inventory.get(bdf).is_none(),
+        None => no_gpus,
+    });
+    if let Some(problem) = blind {
+        let message = format!(
+            "Cannot tell which GPUs this node has: {}: {}; nothing is changed; check that /sys is mounted and readable, \
+             and the kernel log",
+            problem.path, problem.message
+        );
+        return Action::Blind(ErrorRecord { code: "SysfsUnreadable".to_owned(), message });
+    }
+    if no_gpus {
+        return Action::NoGpus;
     }
     let concerned: Vec<&PciFunction> =
         concerned(inventory, mode).filter(|function| mode != Mode::Off || !is_always_off(function)).collect();
@@ -148,51 +158,48 @@ fn is_verified(record: &DeviceRecord, mode: Mode) -> bool {
     is(&record.configured_mode) && is(&record.active_mode) && record.verified_at.is_some()
 }
 
-/// The records of a node that is settled in `mode`: an error of an attempt to leave the mode is over.
-pub(crate) fn settled_records(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile>) -> Vec<DeviceRecord> {
-    let mut records = records(inventory, mode, known, &[]);
-    for record in &mut records {
-        if is_verified(record, mode) {
-            record.usable = true;
-            record.error = None;
-        }
-    }
-    records
-}
-
-/// The records of a node while `changing` are in transition.
+/// The records of a node where `mode` is wanted (none: something that is no mode) while `changing` are in transition.
+///
+/// This is the one place that says which devices may be offered: those verified in the mode that is wanted now.
 pub(crate) fn records(
     inventory: &Inventory,
-    mode: Mode,
+    mode: Option<Mode>,
     known: Option<&DevicesFile>,
     changing: &[PciFunction],
 ) -> Vec<DeviceRecord> {
     // A transition that was begun and not ended says nothing of any device.
     let known = known.filter(|known| known.transition.is_none());
-    concerned(inventory, mode)
+    concerned(inventory, mode.unwrap_or(Mode::Off))
         .map(|function| {
+            let mut record = known.and_then(|known| known.record(function)).cloned().unwrap_or_else(|| blank(function));
             let changes = changing.iter().any(|other| other.bdf == function.bdf);
-            match known.and_then(|known| known.record(function)) {
-                Some(record) if changes => DeviceRecord { usable: false, ..record.clone() },
-                Some(record) => record.clone(),
-                None => {
-                    // What is always off needs no verification to be what "off" asks for.
-                    let usable = mode == Mode::Off && is_always_off(function) && !changes;
-                    blank(function, usable)
-                }
+            // What is always off needs no verification to be what "off" asks for.
+            let is_right =
+                mode.is_some_and(|mode| is_verified(&record, mode) || (mode == Mode::Off && is_always_off(function)));
+            record.usable = is_right && !changes;
+            if record.usable {
+                // An error of an attempt to leave the mode is over.
+                record.error = None;
             }
+            record
         })
         .collect()
 }
 
-fn blank(function: &PciFunction, usable: bool) -> DeviceRecord {
+/// The records of devices of which nothing new is known, when none may be offered.
+pub(crate) fn withheld(records: impl IntoIterator<Item = DeviceRecord>) -> Vec<DeviceRecord> {
+    records.into_iter().map(|record| DeviceRecord { usable: false, ..record }).collect()
+}
+
+fn blank(function: &PciFunction) -> DeviceRecord {
+    let mode = is_always_off(function).then(|| Mode::Off.to_string());
     DeviceRecord {
         bdf: function.bdf,
         identity: Identity::of(function),
-        configured_mode: usable.then(|| Mode::Off.to_string()),
-        active_mode: usable.then(|| Mode::Off.to_string()),
+        configured_mode: mode.clone(),
+        active_mode: mode,
         verified_at: None,
-        usable,
+        usable: false,
         error: None,
     }
 }
@@ -306,7 +313,7 @@ mod tests {
                 active_mode: Some(mode.to_owned()),
                 verified_at: Some(jiff::Timestamp::UNIX_EPOCH),
                 usable: true,
-                ..blank(gpu, false)
+                ..blank(gpu)
             })
             .collect();
         DevicesFile { origin: Origin::now("boot", None), transition: None, devices }
@@ -346,7 +353,8 @@ mod tests {
             ("configured", (|record| record.configured_mode = Some("off".to_owned())) as fn(&mut DeviceRecord)),
             ("active", |record| record.active_mode = None),
             ("never read", |record| record.verified_at = None),
-            ("another device", |record| record.identity.ids = "10de:2335".to_owned()),
+            ("another model", |record| record.identity.ids = "10de:2335".to_owned()),
+            ("another device", |record| record.identity.instance = Some(0)),
             ("another address", |record| record.bdf = "0000:99:00.0".parse().unwrap()),
         ] {
             let mut known = known.clone();
@@ -380,14 +388,65 @@ mod tests {
     }
 
     #[test]
+    fn a_function_that_cannot_be_told_apart_may_be_a_gpu() {
+        let fake = FakeSysfs::new();
+        fake.gpu(A, H100).group(1);
+        fake.gpu(B, H100).group(2).attr("class", "nonsense\n");
+        let Action::Blind(error) = plan(&Inventory::scan(&fake.root()), Mode::On, None) else { panic!("not blind") };
+        assert!(error.code == "SysfsUnreadable" && error.message.contains(B), "{}", error.message);
+    }
+
+    #[test]
+    fn only_what_is_verified_in_the_wanted_mode_may_be_offered() {
+        let both = inventory(&[(A, H100), (B, A100)]);
+        let gpus: Vec<PciFunction> = both.gpus().cloned().collect();
+        let mut interrupted = verified(&both, "off");
+        interrupted.transition = Some(Transition {
+            target: "off".to_owned(),
+            step: "changing".to_owned(),
+            started_at: jiff::Timestamp::UNIX_EPOCH,
+        });
+        let mut half = verified(&both, "off");
+        half.devices[0].configured_mode = Some("on".to_owned());
+        let mut unread = verified(&both, "off");
+        unread.devices[0].verified_at = None;
+        let mut replaced = verified(&both, "off");
+        replaced.devices[0].identity.ids = "10de:2335".to_owned();
+        let mut put_back = verified(&both, "off");
+        put_back.devices[0].identity.instance = Some(0);
+        let mut failed = verified(&both, "off");
+        failed.devices[0].error = Some(ErrorRecord { code: "InUse".to_owned(), message: String::new() });
+        let known = verified(&both, "off");
+        let changing = &gpus[..];
+        // What is known, what is wanted, what is being changed, and which of the H100 and the A100 may be offered.
+        for (what, known, mode, changing, usable) in [
+            ("verified", Some(&known), Some(Mode::Off), &[][..], [true, true]),
+            ("another mode", Some(&known), Some(Mode::On), &[], [false, false]),
+            ("no mode", Some(&known), None, &[], [false, false]),
+            ("in transition", Some(&known), Some(Mode::Off), changing, [false, false]),
+            ("nothing known", None, Some(Mode::Off), &[], [false, true]),
+            ("interrupted", Some(&interrupted), Some(Mode::Off), &[], [false, true]),
+            ("other knobs", Some(&half), Some(Mode::Off), &[], [false, true]),
+            ("never read", Some(&unread), Some(Mode::Off), &[], [false, true]),
+            ("another model", Some(&replaced), Some(Mode::Off), &[], [false, true]),
+            ("put back", Some(&put_back), Some(Mode::Off), &[], [false, true]),
+            ("an old error", Some(&failed), Some(Mode::Off), &[], [true, true]),
+        ] {
+            let records = records(&both, mode, known, changing);
+            assert_eq!(records.iter().map(|record| record.usable).collect::<Vec<_>>(), usable, "{what}");
+            assert!(records.iter().all(|record| !record.usable || record.error.is_none()), "{what}");
+        }
+    }
+
+    #[test]
     fn records_follow_the_devices() {
         let both = inventory(&[(A, H100), (B, A100)]);
         let gpus: Vec<PciFunction> = both.gpus().cloned().collect();
-        let before = records(&both, Mode::Off, None, &gpus[..1]);
+        let before = records(&both, Some(Mode::Off), None, &gpus[..1]);
         assert_eq!(before.iter().map(|record| record.usable).collect::<Vec<_>>(), [false, true]);
 
         let known = verified(&both, "off");
-        let mut after = records(&both, Mode::On, Some(&known), &gpus);
+        let mut after = records(&both, Some(Mode::On), Some(&known), &gpus);
         assert!(after.iter().all(|record| !record.usable && record.active_mode.as_deref() == Some("off")));
         let fault = DeviceFault {
             bdf: gpus[1].bdf,
@@ -401,7 +460,6 @@ mod tests {
                     configured: "on".to_owned(),
                     active: "on".to_owned(),
                     at: jiff::Timestamp::UNIX_EPOCH,
-                    was_reset: true,
                 }),
             },
             DeviceResult { bdf: gpus[1].bdf, result: Err(fault.clone()) },
@@ -410,7 +468,7 @@ mod tests {
         assert!(after[0].usable && is_verified(&after[0], Mode::On));
         assert!(!after[1].usable && after[1].active_mode.is_none() && after[1].error.as_ref() == Some(&fault.error));
 
-        let mut untouched = records(&both, Mode::On, Some(&known), &gpus);
+        let mut untouched = records(&both, Some(Mode::On), Some(&known), &gpus);
         apply_faults(&mut untouched, &[fault]);
         assert_eq!(untouched[1].active_mode.as_deref(), Some("off"), "what was known of an untouched device stays");
         assert!(!untouched[1].usable);
@@ -418,7 +476,7 @@ mod tests {
         // Busy on the way from off to on, and the label is set back to off: nothing is wrong with it in off.
         let known = DevicesFile { devices: untouched, ..known };
         assert_eq!(plan(&both, Mode::Off, Some(&known)), Action::Settled);
-        let settled = settled_records(&both, Mode::Off, Some(&known));
+        let settled = records(&both, Some(Mode::Off), Some(&known), &[]);
         assert!(settled.iter().all(|record| record.usable && record.error.is_none()));
     }
 }

@@ -96,12 +96,9 @@ impl Firmware for FakeFirmware {
         };
         let result = |device: &PciFunction| match failing {
             Some((bdf, code)) if device.bdf.to_string() == bdf => Err(fault(device.bdf, code, false)),
-            _ => Ok(Verified {
-                configured: target.to_string(),
-                active: target.to_string(),
-                at: jiff::Timestamp::now(),
-                was_reset: true,
-            }),
+            _ => {
+                Ok(Verified { configured: target.to_string(), active: target.to_string(), at: jiff::Timestamp::now() })
+            }
         };
         Ok(devices.iter().map(|device| DeviceResult { bdf: device.bdf, result: result(device) }).collect())
     }
@@ -577,5 +574,300 @@ async fn shutdown_ends_at_once_when_idle_and_within_the_grace_otherwise() {
     assert!(!agent.running.is_finished(), "the change is given the grace");
     world.firmware.hold(false);
     world.until_state("off", "false").await;
+    agent.stop().await;
+}
+
+impl World {
+    /// The devices that a plugin that asks for cc-manager's word would offer now.
+    fn offered(&self) -> Vec<String> {
+        let Some(file) = self.file().filter(|file| file.transition.is_none()) else { return Vec::new() };
+        let inventory = Inventory::scan(&self.sysfs.root());
+        let usable = |gpu: &&PciFunction| file.record(gpu).is_some_and(|record| record.usable);
+        inventory.gpus().filter(usable).map(|gpu| gpu.bdf.to_string()).collect()
+    }
+
+    /// Notes every moment in which the gate stands open for something that `devices.json` does not say of every device.
+    fn note_lies(&self) -> Arc<Mutex<Vec<String>>> {
+        let lies: Arc<Mutex<Vec<String>>> = Arc::default();
+        let (seen, path) = (Arc::clone(&lies), self.firmware.file.clone());
+        self.api.on_change(move |labels: &BTreeMap<String, String>| {
+            let label = |name: &str| labels.get(name).map(String::as_str).unwrap_or_default();
+            if label(labels::CC_READY_STATE).is_empty() {
+                return;
+            }
+            let bytes = std::fs::read(&path).unwrap_or_default();
+            let is_true = serde_json::from_slice::<DevicesFile>(&bytes).is_ok_and(|file| {
+                let state = Some(label(labels::CC_MODE_STATE));
+                let holds = |record: &agent_core::state::DeviceRecord| {
+                    record.usable
+                        && record.active_mode.as_deref() == state
+                        && record.configured_mode.as_deref() == state
+                };
+                file.transition.is_none() && !file.devices.is_empty() && file.devices.iter().all(holds)
+            });
+            if !is_true {
+                seen.lock().unwrap().push(format!("{labels:?} while {}", String::from_utf8_lossy(&bytes)));
+            }
+        });
+        lies
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_offered_that_is_not_verified_in_what_is_wanted_now() {
+    // (what happens to a node that is verified in `off`, label, state, ready, error, what is offered, changes begun)
+    type Event = fn(&World);
+    type Case =
+        (&'static str, Event, &'static str, (&'static str, &'static str), &'static str, &'static [&'static str]);
+    let cases: [Case; 11] = [
+        ("nothing", |_| {}, "off", ("off", "false"), "", &[A, B]),
+        ("unknown mode", |_| {}, "bananas", ("failed", ""), "UnknownMode", &[]),
+        ("impossible mode", |_| {}, "ppcie", ("failed", ""), "Unsupported", &[]),
+        ("in use", |world| refuse_all(world, B, "InUse", true), "on", ("off", ""), "InUse", &[]),
+        ("refused", |world| refuse_all(world, B, "NoGroupFile", false), "on", ("failed", ""), "NoGroupFile", &[]),
+        ("one fails", |world| fail_all(world, B), "on", ("failed", ""), "BootTimeout", &[A]),
+        ("one gone", |world| world.sysfs.remove(B.parse::<Bdf>().unwrap()), "off", ("off", "false"), "", &[A]),
+        (
+            "one that is not known",
+            |world| {
+                world.sysfs.gpu("0000:43:00.0", 0x9999).group(9);
+            },
+            "off",
+            ("failed", ""),
+            "Unsupported",
+            &[],
+        ),
+        (
+            "one added that is in use",
+            |world| {
+                refuse_all(world, "0000:43:00.0", "InUse", true);
+                world.sysfs.gpu("0000:43:00.0", H100).group(9);
+            },
+            "off",
+            ("off", ""),
+            "InUse",
+            &[A, B],
+        ),
+        (
+            "one replaced that is in use",
+            |world| {
+                refuse_all(world, B, "InUse", true);
+                world.sysfs.remove(B.parse::<Bdf>().unwrap());
+                // Keeps the file system from giving the same inode again.
+                std::fs::write(world.sysfs.path().join("between"), "").unwrap();
+                world.sysfs.gpu(B, H100).group(2);
+            },
+            "off",
+            ("off", ""),
+            "InUse",
+            &[A],
+        ),
+        (
+            "one that cannot be told apart",
+            |world| {
+                let _ = world.sysfs.get(B.parse::<Bdf>().unwrap()).attr("class", "nonsense\n");
+            },
+            "off",
+            ("failed", ""),
+            "SysfsUnreadable",
+            &[],
+        ),
+    ];
+    for (what, event, label, (state, ready), error, offered) in cases {
+        let world = World::new(&[(A, H100), (B, H100)]);
+        let lies = world.note_lies();
+        world.api.set_label(labels::CC_MODE, Some("off"));
+        let agent = world.start_with("on", Duration::from_millis(20));
+        world.until_state("off", "false").await;
+        assert_eq!(world.offered(), [A, B], "{what}");
+        event(&world);
+        world.api.set_label(labels::CC_MODE, Some(label));
+        until(what, || world.status()["error"]["code"].as_str().unwrap_or_default() == error).await;
+        until(what, || world.offered() == offered).await;
+        settle().await;
+        assert_eq!(world.offered(), offered, "{what}");
+        assert_eq!(world.state(), (Some(state.to_owned()), Some(ready.to_owned())), "{what}");
+        assert_eq!(*lies.lock().unwrap(), Vec::<String>::new(), "{what}");
+        agent.stop().await;
+    }
+}
+
+fn refuse_all(world: &World, bdf: &'static str, code: &'static str, busy: bool) {
+    for _ in 0..1000 {
+        world.firmware.script(Script::Refuse(bdf, code, busy));
+    }
+}
+
+fn fail_all(world: &World, bdf: &'static str) {
+    for _ in 0..1000 {
+        world.firmware.script(Script::Fail(bdf, "BootTimeout"));
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_believed_is_replaced_by_what_is_verified_again() {
+    for (what, content) in [
+        ("absent", None),
+        ("empty", Some(String::new())),
+        ("malformed", Some("{\"schema\":1".to_owned())),
+        ("of no schema", Some("{\"devices\":[]}".to_owned())),
+    ] {
+        let world = World::new(&[(A, H100)]);
+        let agent = world.start();
+        world.until_state("on", "true").await;
+        agent.stop().await;
+        let lies = world.note_lies();
+        match content {
+            None => std::fs::remove_file(&world.firmware.file).unwrap(),
+            Some(text) => std::fs::write(&world.firmware.file, text).unwrap(),
+        }
+        let agent = world.start();
+        until(what, || world.firmware.calls().len() == 2).await;
+        assert_eq!(world.firmware.calls()[1].ready.as_deref(), Some(""), "{what}");
+        world.until_state("on", "true").await;
+        assert_eq!(world.offered(), [A], "{what}");
+        assert_eq!(*lies.lock().unwrap(), Vec::<String>::new(), "{what}");
+        agent.stop().await;
+    }
+    // Of this boot, and said by a release that is too far away, or by one that is near.
+    for (schema, changes) in [(0, 1), (2, 1), (3, 2)] {
+        let world = World::new(&[(A, H100)]);
+        let agent = world.start();
+        world.until_state("on", "true").await;
+        agent.stop().await;
+        let mut file = serde_json::to_value(world.file().unwrap()).unwrap();
+        file["schema"] = schema.into();
+        file["news"] = "from the future".into();
+        std::fs::write(&world.firmware.file, file.to_string()).unwrap();
+        let agent = world.start();
+        until("verified", || world.firmware.calls().len() == changes).await;
+        world.until_state("on", "true").await;
+        settle().await;
+        assert_eq!((world.firmware.calls().len(), world.offered()), (changes, vec![A.to_owned()]), "schema {schema}");
+        agent.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_file_lost_at_run_time_comes_back_without_a_device_being_touched() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start_with("on", Duration::from_millis(20));
+    world.until_state("on", "true").await;
+    std::fs::write(&world.firmware.file, "nonsense").unwrap();
+    until("file is back", || world.offered() == [A]).await;
+    std::fs::remove_file(&world.firmware.file).unwrap();
+    until("file is back", || world.offered() == [A]).await;
+    assert_eq!(world.firmware.calls().len(), 1);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_result_that_cannot_be_told_the_other_agents_opens_no_gate() {
+    use std::os::unix::fs::PermissionsExt;
+    let world = World::new(&[(A, H100)]);
+    world.firmware.hold(true);
+    let agent = world.start();
+    until("change is under way", || world.firmware.calls().len() == 1).await;
+    let state_dir = world.firmware.file.parent().unwrap();
+    let mode = |bits| std::fs::set_permissions(state_dir, std::fs::Permissions::from_mode(bits)).unwrap();
+    // A folder that everybody may write to is not written to.
+    mode(0o777);
+    world.firmware.hold(false);
+    until("told", || world.status()["error"]["code"] == "StateFile").await;
+    settle().await;
+    assert_ne!(world.state().1.as_deref(), Some("true"));
+    assert_eq!(world.offered(), Vec::<String>::new());
+    mode(0o755);
+    world.until_state("on", "true").await;
+    assert_eq!(world.offered(), [A]);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_result_that_nobody_wants_any_more_is_neither_published_nor_offered() {
+    let world = World::new(&[(A, H100)]);
+    let lies = world.note_lies();
+    world.firmware.hold(true);
+    let agent = world.start();
+    until("change is under way", || world.firmware.calls().len() == 1).await;
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    settle().await;
+    // From now on the API server refuses: the next change cannot begin, and the result of this one is all there is.
+    for _ in 0..1000 {
+        world.api.fail_next(Method::PATCH, 403);
+    }
+    world.api.set_label(labels::CC_READY_STATE, Some("false"));
+    world.firmware.hold(false);
+    until("result is on disk", || world.file().is_some_and(|file| file.transition.is_none())).await;
+    settle().await;
+    assert_eq!(world.file().unwrap().devices[0].active_mode.as_deref(), Some("on"));
+    assert_eq!(world.offered(), Vec::<String>::new());
+    assert_eq!(world.firmware.calls().len(), 1);
+    agent.stop().await;
+    // The one lie is the test's own, which nobody could take back.
+    assert_eq!(lies.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_gate_that_somebody_opens_during_a_change_is_shut_again() {
+    let world = World::new(&[(A, H100)]);
+    world.firmware.hold(true);
+    let agent = world.start();
+    until("change is under way", || world.firmware.calls().len() == 1).await;
+    for status in [409, 500] {
+        world.api.fail_next(Method::PATCH, status);
+        world.api.set_label(labels::CC_READY_STATE, Some("true"));
+        until("shut again", || world.state().1.as_deref() == Some("")).await;
+    }
+    world.firmware.hold(false);
+    world.until_state("on", "true").await;
+    assert_eq!(world.firmware.calls().len(), 1);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn ten_flips_in_a_second_end_in_the_last() {
+    for last in ["on", "off", "devtools"] {
+        let world = World::new(&[(A, H100), (B, H100)]);
+        let lies = world.note_lies();
+        let agent = world.start();
+        for flip in 0..10 {
+            world.api.set_label(labels::CC_MODE, Some(["on", "off", "devtools"][flip % 3]));
+            if flip % 4 == 0 {
+                world.api.fail_next(Method::PATCH, [409, 422, 503][flip % 3]);
+            }
+            tokio::time::sleep(Duration::from_millis(7 * (flip as u64 % 4))).await;
+        }
+        world.api.set_label(labels::CC_MODE, Some(last));
+        let ready = match last {
+            "on" => "true",
+            "off" => "false",
+            _ => "",
+        };
+        world.until_state(last, ready).await;
+        until("offered", || world.offered() == [A, B]).await;
+        settle().await;
+        assert_eq!(world.state(), (Some(last.to_owned()), Some(ready.to_owned())));
+        assert_eq!(world.firmware.calls().last().unwrap().target.as_str(), last);
+        assert_eq!(*lies.lock().unwrap(), Vec::<String>::new());
+        agent.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn gpus_that_are_all_gone_leave_no_promise_behind() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start_with("on", Duration::from_millis(20));
+    world.until_state("on", "true").await;
+    world.sysfs.remove(A.parse::<Bdf>().unwrap());
+    world.until_state("on", "").await;
+    assert!(world.file().unwrap().devices.is_empty());
+    settle().await;
+    let patches = world.api.patches().len();
+    settle().await;
+    assert_eq!(world.api.patches().len(), patches);
+    world.sysfs.gpu(A, H100).group(1);
+    world.until_state("on", "true").await;
+    assert_eq!(world.firmware.calls().len(), 2, "a device that comes back is looked at again");
     agent.stop().await;
 }
