@@ -22,9 +22,13 @@ impl NodeClient {
     pub async fn watch(&self) -> Infallible {
         let mut backoff = Backoff::new(self.timing.first_delay, self.timing.last_delay);
         loop {
+            let before = self.view();
             match self.list().await {
                 Ok((version, node)) => {
                     match node {
+                        // A patch was answered meanwhile: the list may be the older of the two.
+                        Some(node) if self.view() != before => drop(self.see_newer(node)),
+                        // Else its word counts even if its version is lower, as after a restore of the API server's data.
                         Some(node) => self.see(NodeView::Present(node.into())),
                         None => self.see_absent(),
                     }
