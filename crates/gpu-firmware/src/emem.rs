@@ -147,7 +147,6 @@ impl Emem {
 
     fn receive(&self, bar0: &dyn Bar0, clock: &dyn Clock) -> Result<Vec<u32>, Fault> {
         let Registers { base, control, data, message_tail, .. } = self.registers;
-        let start = clock.now();
         let mut seen = (0, 0);
         // The two pointers are not written at once: a pair counts when it makes sense and is still the same on a second look.
         let size = RECEIVE.poll(clock, || {
@@ -156,7 +155,7 @@ impl Emem {
             Ok(if plausible.is_some() && self.messages(bar0)? == seen { plausible } else { None })
         })?;
         let Some(size) = size else {
-            let waited_ms = millis(clock.now().saturating_sub(start));
+            let waited_ms = millis(RECEIVE.timeout);
             return Err(Fault::FspNoResponse { head: seen.0, tail: seen.1, waited_ms });
         };
         bar0.write32(control, base | AUTO_INCREMENT)?;

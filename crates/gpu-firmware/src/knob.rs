@@ -119,24 +119,24 @@ impl Step {
 /// (gpu-cc-protocol section 6.2, with the complete vectors of section 6.3): PPCIe and the unnamed knobs first, then the
 /// decoupler, then CCM before CCD when confidential computing is wanted and CCD before CCM when it is not; PPCIE = 1 last.
 ///
-/// `has_ppcie` says whether the firmware knows the PPCIE knob. Its first reading is always a step of the CC modes,
-/// because that is how it is found out.
-pub fn steps(chip: &Chip, target: Mode, has_ppcie: bool) -> Vec<Step> {
+/// The first step of the CC modes reads PPCIE; a firmware that does not know that knob says so there, and the steps that
+/// set it to 0 are then left out.
+pub fn steps(chip: &Chip, target: Mode) -> Vec<Step> {
     let unnamed = [Knob::K2, Knob::K4, Knob::K34].map(|knob| Step::set(knob, 0));
-    let no_ppcie = has_ppcie.then_some(Step::set(Knob::PPCIE, 0));
+    let no_ppcie = Step::set(Knob::PPCIE, 0);
     let decoupler = |value| Step::set(Knob::BAR0_DECOUPLER, value);
     let mut steps = Vec::with_capacity(8);
     match target {
         Mode::On | Mode::Devtools => {
             steps.push(Step::look(Knob::PPCIE));
             steps.extend(unnamed);
-            steps.extend(no_ppcie);
+            steps.push(no_ppcie);
             steps.push(decoupler(if target == Mode::On { chip.decoupler_on } else { 0 }));
             steps.push(Step::set(Knob::CCM, 1));
             steps.push(Step::set(Knob::CCD, u16::from(target == Mode::Devtools)));
         }
         Mode::Off => {
-            steps.push(no_ppcie.unwrap_or(Step::look(Knob::PPCIE)));
+            steps.push(no_ppcie);
             steps.push(decoupler(0));
             steps.push(Step::set(Knob::CCD, 0));
             steps.push(Step::set(Knob::CCM, 0));
@@ -156,7 +156,7 @@ pub fn steps(chip: &Chip, target: Mode, has_ppcie: bool) -> Vec<Step> {
 /// The knobs that make up `target` on `chip`, and their values. A firmware without the PPCIE knob counts as one where it
 /// is 0.
 pub fn vector(chip: &Chip, target: Mode) -> Vec<(Knob, u16)> {
-    steps(chip, target, true).into_iter().filter_map(|step| Some((step.knob, step.value?))).collect()
+    steps(chip, target).into_iter().filter_map(|step| Some((step.knob, step.value?))).collect()
 }
 
 /// Whether `knobs` are those of `target`: each knob of its vector was read and has its value.
@@ -183,8 +183,8 @@ mod tests {
     use super::*;
     use crate::chip::GH100;
 
-    fn text(target: Mode, has_ppcie: bool) -> String {
-        let steps = steps(&GH100, target, has_ppcie);
+    fn text(target: Mode) -> String {
+        let steps = steps(&GH100, target);
         let words: Vec<String> = steps
             .iter()
             .map(|step| step.value.map_or_else(|| step.knob.0.to_string(), |value| format!("{}={value}", step.knob.0)))
@@ -195,16 +195,13 @@ mod tests {
     #[test]
     fn orders_are_those_of_section_6_2() {
         let table = [
-            (Mode::On, true, "45 2=0 4=0 34=0 45=0 10=2 8=1 6=0"),
-            (Mode::On, false, "45 2=0 4=0 34=0 10=2 8=1 6=0"),
-            (Mode::Devtools, true, "45 2=0 4=0 34=0 45=0 10=0 8=1 6=1"),
-            (Mode::Devtools, false, "45 2=0 4=0 34=0 10=0 8=1 6=1"),
-            (Mode::Off, true, "45=0 10=0 6=0 8=0"),
-            (Mode::Off, false, "45 10=0 6=0 8=0"),
-            (Mode::Ppcie, true, "8 2=0 4=0 34=0 6=0 8=0 10=2 45=1"),
+            (Mode::On, "45 2=0 4=0 34=0 45=0 10=2 8=1 6=0"),
+            (Mode::Devtools, "45 2=0 4=0 34=0 45=0 10=0 8=1 6=1"),
+            (Mode::Off, "45=0 10=0 6=0 8=0"),
+            (Mode::Ppcie, "8 2=0 4=0 34=0 6=0 8=0 10=2 45=1"),
         ];
-        for (target, has_ppcie, expected) in table {
-            assert_eq!(text(target, has_ppcie), expected, "{target} {has_ppcie}");
+        for (target, expected) in table {
+            assert_eq!(text(target), expected, "{target}");
         }
     }
 
