@@ -1,6 +1,7 @@
 //! PCI configuration space of a virtual device: 4096 bytes, laid out as read from a real H200 (h200-observed),
 //! less what the rig cannot carry (interrupts: no MSI, no MSI-X, no interrupt pin).
 
+use crate::kind::{Chip, ModelKind};
 use crate::spec::DeviceSpec;
 use crate::undecided;
 
@@ -14,11 +15,24 @@ const PMCSR: usize = PM + 4;
 const PCIE: usize = 0x60;
 /// Offset of DEVCTL, whose bit 15 starts an FLR.
 pub(crate) const DEVCTL: usize = PCIE + 8;
+/// Offset of DEVCAP, whose bit 28 says that there are FLRs.
+pub(crate) const DEVCAP: usize = PCIE + 4;
+/// DEVCAP of a device that can do FLRs, as observed (h200-observed).
+pub(crate) const DEVCAP_FLR: u32 = 0x112c_8021;
 const LNKCTL: usize = PCIE + 0x10;
 const DEVCTL2: usize = PCIE + 0x28;
 const LNKCTL2: usize = PCIE + 0x30;
 const LTR_LATENCY: usize = 0x130;
 const AER: usize = 0x1b8;
+/// VSEC id 1, revision 1, of GH100 and GB20x; security fault at +0x10, GB20x's BAR firewall at +0x14, bit 24
+/// (gpu-cc-protocol sections 1.6 and 5.2).
+const VSEC: usize = 0x2a4;
+pub(crate) const VSEC_FAULT: usize = VSEC + 0x10;
+pub(crate) const VSEC_FIREWALL: usize = VSEC + 0x14;
+/// DVSEC of vendor 10de, id 0, of GB10x: flags beside the id at +8, security fault at +0x14.
+const DVSEC: usize = 0xaf0;
+pub(crate) const DVSEC_FLAGS: usize = DVSEC + 0x08;
+pub(crate) const DVSEC_FAULT: usize = DVSEC + 0x14;
 /// Bit 25 of this dword is the one that the kernel's quirk for NVIDIA display functions sets (virtual-gpu-rig
 /// section 6, item 6).
 const HDA: usize = 0x488;
@@ -68,7 +82,7 @@ impl ConfigSpace {
         for (offset, mask) in masks {
             put(&mut writable, offset, mask);
         }
-        if !spec.model.is_switch() {
+        if spec.model.is_gpu() {
             for (offset, mask) in gpu_masks {
                 put(&mut writable, offset, mask);
             }
@@ -101,6 +115,16 @@ impl ConfigSpace {
             }
         }
         effect
+    }
+
+    /// Sets a dword that the device itself changes, whatever a host may write.
+    pub(crate) fn set(&mut self, offset: usize, value: u32) {
+        put(&mut self.bytes, offset, value);
+    }
+
+    /// Puts the function into D3hot.
+    pub(crate) fn sleep(&mut self) {
+        self.bytes[PMCSR] |= 0x3;
     }
 
     /// Whether BAR accesses reach the device: memory decode is on and the power state is D0.
@@ -142,16 +166,20 @@ fn put(bytes: &mut [u8; SIZE], offset: usize, value: u32) {
 /// The dwords that are not zero after a bus reset.
 fn contents(spec: &DeviceSpec) -> Vec<(usize, u32)> {
     let kind = spec.model;
-    let revision = if kind.is_switch() { undecided::SWITCH_REVISION } else { 0xa1 };
+    let revision = match kind {
+        ModelKind::Nic => 0,
+        _ if kind.is_switch() => undecided::SWITCH_REVISION,
+        _ => 0xa1,
+    };
     let [serial_high, serial_low] = {
         let serial = spec.serial.unwrap_or_else(|| name_hash(&spec.name));
         [dword(serial >> 32), dword(serial)]
     };
     let mut dwords = vec![
-        (0x00, u32::from(kind.device_id()) << 16 | 0x10de),
+        (0x00, u32::from(kind.device_id()) << 16 | u32::from(kind.vendor_id())),
         (0x04, 0x0010_0000),
         (0x08, kind.class() << 8 | u32::from(revision)),
-        (0x2c, u32::from(kind.subsystem_id()) << 16 | 0x10de),
+        (0x2c, u32::from(kind.subsystem_id()) << 16 | u32::from(kind.vendor_id())),
         (0x34, 0x40),
         (0x3c, 0xff),
         // Power management, D0 and D3hot, no soft reset.
@@ -159,7 +187,7 @@ fn contents(spec: &DeviceSpec) -> Vec<(usize, u32)> {
         (PMCSR, 0x0000_0008),
         // PCI Express endpoint: FLR, link 32 GT/s x16.
         (PCIE, 0x0002_0010),
-        (PCIE + 0x04, 0x112c_8021),
+        (DEVCAP, DEVCAP_FLR),
         (DEVCTL, u32::from(undecided::DEVCTL_DEFAULT)),
         (PCIE + 0x0c, 0x0045_7905),
         (LNKCTL, 0x1105_0000),
@@ -167,14 +195,8 @@ fn contents(spec: &DeviceSpec) -> Vec<(usize, u32)> {
         (PCIE + 0x2c, 0x0180_003e),
         (LNKCTL2, 0x005e_0005),
     ];
-    if kind.is_switch() {
-        dwords.extend([
-            (0x10, undecided::SWITCH_BAR0_TYPE),
-            (0x100, 0x0001_0003),
-            (0x104, serial_low),
-            (0x108, serial_high),
-        ]);
-    } else {
+    let serial = |at: usize, next: u32| [(at, next << 20 | 0x0001_0003), (at + 4, serial_low), (at + 8, serial_high)];
+    if kind.is_gpu() {
         dwords.extend([
             (0x10, 0x0c),
             (0x18, 0x0c),
@@ -188,15 +210,31 @@ fn contents(spec: &DeviceSpec) -> Vec<(usize, u32)> {
             (AER + 0x0c, 0x0046_3030),
             (AER + 0x18, 0x0000_00a0),
             (0x248, 0x2501_0000),
-            (0x250, 0x2a41_0000),
-            // VSEC id 1, revision 1; its word +0x10 (0x2b4) is the security fault, 0 for none.
-            (0x2a4, 0x2f01_000b),
-            (0x2a8, 0x0141_0001),
-            (0x2ac, 0x0001_0002),
-            (0x2f0, 0x0001_0003),
-            (0x2f4, serial_low),
-            (0x2f8, serial_high),
         ]);
+        // What follows is known where it lies, not what lies around it: the rest is as on the H200 that was read.
+        match kind.chip() {
+            Chip::Hopper => {
+                dwords.extend([(0x250, 0x2a41_0000), (VSEC, 0x2f01_000b), (VSEC + 4, 0x0141_0001)]);
+                dwords.extend([(VSEC + 8, 0x0001_0002)]);
+                dwords.extend(serial(0x2f0, 0));
+            }
+            Chip::Gb20x => {
+                dwords.extend([(0x250, 0x2a41_0000), (VSEC, 0x2f01_000b), (VSEC + 4, 0x0181_0001)]);
+                dwords.extend(serial(0x2f0, 0));
+            }
+            Chip::Gb10x => {
+                dwords.extend([(0x250, 0x2f01_0000), (DVSEC, 0x0001_0023), (DVSEC + 4, 0x0180_10de)]);
+                dwords.extend(serial(0x2f0, 0xaf0));
+            }
+            _ => {
+                dwords.push((0x250, 0x2f01_0000));
+                dwords.extend(serial(0x2f0, 0));
+            }
+        }
+    } else {
+        let bar0 = if kind.is_switch() { undecided::SWITCH_BAR0_TYPE } else { 0 };
+        dwords.push((0x10, bar0));
+        dwords.extend(serial(0x100, 0));
     }
     dwords
 }
@@ -214,7 +252,6 @@ pub(crate) fn name_hash(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::ModelKind;
 
     fn space(kind: ModelKind) -> ConfigSpace {
         ConfigSpace::new(&DeviceSpec::new("dev0", kind))
@@ -248,7 +285,18 @@ mod tests {
         for (kind, ids, class, subsystem) in [
             (ModelKind::H100, 0x2330_10de, 0x0302_00a1, 0x16c1_10de),
             (ModelKind::H200, 0x2335_10de, 0x0302_00a1, 0x18bf_10de),
+            (ModelKind::Gh200, 0x2342_10de, 0x0302_00a1, 0x16eb_10de),
+            (ModelKind::B200, 0x2901_10de, 0x0302_00a1, 0x1999_10de),
+            (ModelKind::B300, 0x3182_10de, 0x0302_00a1, 0x20e6_10de),
+            (ModelKind::Gb200, 0x2941_10de, 0x0302_00a1, 0x2045_10de),
+            (ModelKind::Gb300, 0x31c2_10de, 0x0302_00a1, 0x21f1_10de),
+            (ModelKind::RtxPro6000, 0x2bb5_10de, 0x0302_00a1, 0x204e_10de),
+            (ModelKind::RtxPro6000Audio, 0x22e8_10de, 0x0403_00a1, 0x204e_10de),
+            (ModelKind::A100, 0x20b0_10de, 0x0302_00a1, 0x0000_10de),
+            (ModelKind::UnknownGpu, 0x3f00_10de, 0x0302_00a1, 0x0000_10de),
             (ModelKind::Ls10, 0x22a3_10de, 0x0680_00a1, 0x0000_10de),
+            (ModelKind::Lr10, 0x1af1_10de, 0x0680_00a1, 0x0000_10de),
+            (ModelKind::Nic, 0x10d3_8086, 0x0200_0000, 0x0000_8086),
         ] {
             let space = space(kind);
             assert_eq!([read32(&space, 0), read32(&space, 8), read32(&space, 0x2c)], [ids, class, subsystem], "{kind}");
@@ -274,7 +322,16 @@ mod tests {
         ];
         assert_eq!(capabilities(&space(ModelKind::H200)), gpu);
         assert_eq!(capabilities(&space(ModelKind::Ls10)), [(0x40, 0x01), (0x60, 0x10), (0x100, 0x03)]);
+        let with = |more: &[(u64, u32)]| [&gpu[..8], more].concat();
+        let gb20x = with(&[(0x2a4, 0x0b), (0x2f0, 0x03)]);
+        assert_eq!(capabilities(&space(ModelKind::RtxPro6000)), gb20x);
+        assert_eq!(capabilities(&space(ModelKind::B200)), with(&[(0x2f0, 0x03), (0xaf0, 0x23)]));
+        assert_eq!(capabilities(&space(ModelKind::A100)), with(&[(0x2f0, 0x03)]));
+        assert_eq!(capabilities(&space(ModelKind::Nic)), [(0x40, 0x01), (0x60, 0x10), (0x100, 0x03)]);
         assert_eq!(read32(&space(ModelKind::H100), 0x2a8), 0x0141_0001, "VSEC id 1, revision 1");
+        assert_eq!(read32(&space(ModelKind::RtxPro6000), 0x2a8) & 0xf_ffff, 0x1_0001, "VSEC id 1, revision 1");
+        assert_eq!(read32(&space(ModelKind::B200), 0xaf4) & 0xffff, 0x10de, "DVSEC of NVIDIA");
+        assert_eq!(read32(&space(ModelKind::B200), 0xaf8) & 0xffff, 0, "DVSEC id 0");
         assert_eq!(read32(&space(ModelKind::H100), 0x2b4), 0, "no security fault");
     }
 

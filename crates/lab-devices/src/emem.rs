@@ -51,6 +51,15 @@ struct Request {
     words: Vec<u32>,
 }
 
+/// A reply that is yet to be placed.
+#[derive(Clone, Debug)]
+struct Reply {
+    at: Duration,
+    words: Vec<u32>,
+    /// Whether it waits until the message before it has been acknowledged, rather than overwriting it.
+    patient: bool,
+}
+
 struct Channel {
     number: u8,
     control: u32,
@@ -59,7 +68,7 @@ struct Channel {
     message_head: u32,
     message_tail: u32,
     pending: Option<Request>,
-    replies: VecDeque<(Duration, Vec<u32>)>,
+    replies: VecDeque<Reply>,
     /// The head of a message whose tail is already visible, and shows at the next read but one.
     late_head: Option<u32>,
 }
@@ -200,17 +209,20 @@ impl Emem {
         Some((channel.number, due(&request), request.words))
     }
 
-    /// Leaves a reply to be placed at `at`.
-    pub(crate) fn reply(&mut self, number: u8, at: Duration, words: Vec<u32>) {
+    /// Leaves a reply to be placed at `at`; a patient one not before the message before it has been acknowledged.
+    pub(crate) fn reply(&mut self, number: u8, at: Duration, words: Vec<u32>, patient: bool) {
         if let Some(channel) = self.channels.iter_mut().find(|channel| channel.number == number) {
-            channel.replies.push_back((at, words));
+            channel.replies.push_back(Reply { at, words, patient });
         }
     }
 
     /// Places every reply that is due: words at the channel base, tail before head.
     pub(crate) fn deliver(&mut self, now: Duration, split_pointers: bool) {
         for channel in &mut self.channels {
-            while let Some((_, words)) = channel.replies.pop_front_if(|(at, _)| *at <= now) {
+            loop {
+                let free = channel.message_head == channel.message_tail && channel.late_head.is_none();
+                let due = |reply: &mut Reply| reply.at <= now && (free || !reply.patient);
+                let Some(Reply { words, .. }) = channel.replies.pop_front_if(due) else { break };
                 let base = channel.base();
                 for (address, word) in (base..base + WINDOW).step_by(4).zip(&words) {
                     if let Some(slot) = self.words.get_mut(index(address)) {

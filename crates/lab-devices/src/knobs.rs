@@ -6,6 +6,7 @@ use crate::undecided;
 
 pub(crate) const CCD: u16 = 6;
 pub(crate) const CCM: u16 = 8;
+pub(crate) const DECOUPLER: u16 = 10;
 pub(crate) const PPCIE: u16 = 45;
 
 /// Knobs whose left neighbour (id - 1) says whether they may be changed in-band (gpu-cc-protocol section 4.10).
@@ -64,6 +65,7 @@ impl Knobs {
     }
 }
 
-fn is_permission(id: u16) -> bool {
+/// Whether this knob says whether the next one may be changed in-band.
+pub(crate) fn is_permission(id: u16) -> bool {
     GUARDED.contains(&id.wrapping_add(1))
 }

@@ -14,8 +14,10 @@
 mod config_space;
 mod emem;
 pub mod fault;
+mod kind;
 mod knob_file;
 mod knobs;
+mod mnoc;
 pub mod model;
 mod registers;
 pub mod server;
@@ -27,7 +29,8 @@ pub mod undecided;
 mod tests;
 
 pub use fault::Fault;
+pub use kind::{ModelKind, UnknownModel};
 pub use model::{BootState, DeviceStatus, HostError, Model};
 pub use server::{Fleet, FleetConfig, FleetError};
-pub use spec::{DeviceSpec, Firmware, ModelKind};
+pub use spec::{DeviceSpec, Firmware};
 pub use trace::{Kind, Rpc, Space, TraceEvent};

@@ -4,7 +4,8 @@
 //! model catches up with what has become due since the last call. A time that runs backwards is taken as no time.
 //!
 //! ```text
-//! reset -> ConfigRetry (config dword 0 = 0xffff0001) -> Booting (boot register 0) -> Ready (boot register 0xff)
+//! reset -> ConfigRetry (config dword 0 = 0xffff0001) -> Firewalled (Blackwell: BAR0 all ones, firewall bit 1)
+//!       -> Booting (boot register 0) -> Ready (boot register 0xff)
 //! ```
 //!
 //! On entering `Ready` the effective mode is latched from the knobs; until then the status register keeps what it
@@ -18,9 +19,11 @@ use serde::Serialize;
 use crate::config_space::{self, ConfigEffect, ConfigSpace};
 use crate::emem::Emem;
 use crate::fault::Fault;
+use crate::kind::{Chip, ModelKind, Transport};
 use crate::knobs::{self, Knobs, Refusal};
+use crate::mnoc::{self, Ills, Mnoc, MnocRegister};
 use crate::registers::{self, Register};
-use crate::spec::{DeviceSpec, ModelKind};
+use crate::spec::DeviceSpec;
 use crate::trace::Space;
 use crate::undecided;
 
@@ -48,6 +51,8 @@ const LISTED: usize = 256;
 pub enum BootState {
     /// Config space does not answer yet.
     ConfigRetry,
+    /// Config space answers, and the BAR firewall of a Blackwell GPU keeps BAR0 shut.
+    Firewalled,
     /// Config space and BAR0 answer; the boot register reads 0.
     Booting,
     /// The boot register reads 0xff.
@@ -75,14 +80,14 @@ pub enum HostError {
         /// The channel.
         channel: u8,
     },
-    /// A doorbell while a reply lay unacknowledged in the message queue.
+    /// A doorbell while a reply lay unacknowledged in the message queue; an MNOC message begun while one waited.
     ResponseNotConsumed {
-        /// The channel.
+        /// The channel, or the MNOC port.
         channel: u8,
     },
-    /// A doorbell before boot-complete.
+    /// A doorbell, or a whole MNOC message, before boot-complete.
     RequestBeforeBoot {
-        /// The channel.
+        /// The channel, or the MNOC port.
         channel: u8,
     },
     /// A doorbell with pointers outside the channel's window, not aligned, or backwards.
@@ -101,9 +106,36 @@ pub enum HostError {
         /// Byte address in EMEM.
         address: u32,
     },
+    /// An MNOC message begun while the mailbox was not ready for one. It is ignored.
+    MnocNotReady {
+        /// The port.
+        port: u8,
+    },
+    /// An MNOC message of no bytes, or of more than the port takes. It is ignored.
+    MnocBadSize {
+        /// The port.
+        port: u8,
+        /// Bytes announced.
+        size: u32,
+    },
+    /// A dword written to the MNOC mailbox that no message announced. It is ignored.
+    MnocUnexpectedData {
+        /// The port.
+        port: u8,
+    },
+    /// A dword written to the MNOC mailbox without credit. It is lost.
+    MnocNoCredit {
+        /// The port.
+        port: u8,
+    },
+    /// A read from the MNOC mailbox when no message waited.
+    MnocEmptyRead {
+        /// The port.
+        port: u8,
+    },
     /// A request that is not a PRC command as section 4 has it.
     BadRequest {
-        /// The channel.
+        /// The channel, or the MNOC port.
         channel: u8,
         /// The dwords.
         words: Vec<u32>,
@@ -126,7 +158,8 @@ pub struct DeviceStatus {
     pub model: ModelKind,
     /// Boot progress.
     pub boot: BootState,
-    /// The latched status word: GPU 0x1182cc = CCM | CCD<<1 | PPCIE<<5; NVSwitch 0x28c50 = PPCIE.
+    /// The latched status word: Hopper 0x1182cc = CCM | CCD<<1 | PPCIE<<5; Blackwell 0x590 = CCM | CCD<<1 |
+    /// decoupler<<2 | BMSAI<<8; LS10 0x28c50 = PPCIE; 0 for all others.
     pub status_word: u32,
     /// Every knob that exists, with its persistent value.
     pub knobs: BTreeMap<u16, u16>,
@@ -161,7 +194,7 @@ pub enum ModelEvent {
     Ready(u32),
     /// FSP took a request; the reply is none where a fault or a malformed request leaves it out.
     Rpc {
-        /// The channel.
+        /// The channel, or the MNOC port.
         channel: u8,
         /// Dwords of the request.
         request: Vec<u32>,
@@ -184,9 +217,14 @@ pub struct Model {
     config: ConfigSpace,
     knobs: Knobs,
     emem: Emem,
+    mnoc: Mnoc,
     garbage: u64,
+    /// Accesses that were answered since the `off-bus` fault was set.
+    answered: u64,
     now: Duration,
     reset_at: Duration,
+    /// When BAR0 became reachable after the last reset.
+    open_at: Option<Duration>,
     ready_at: Option<Duration>,
     status_word: u32,
     function_scratch: u32,
@@ -209,10 +247,13 @@ impl Model {
             config: ConfigSpace::new(&spec),
             knobs: Knobs::new(&spec.knob_ids(), &spec.knobs),
             emem: Emem::new(registers::channels(spec.model)),
+            mnoc: Mnoc::default(),
             // Xorshift needs a state other than 0.
             garbage: config_space::name_hash(&spec.name) | 1,
+            answered: 0,
             now,
             reset_at: now,
+            open_at: None,
             ready_at: None,
             status_word: 0,
             function_scratch: 0,
@@ -259,8 +300,7 @@ impl Model {
     pub fn power_on(&mut self, now: Duration) {
         self.advance(now);
         self.status_word = 0;
-        self.config.bus_reset();
-        self.bus_scratch = 0;
+        self.reset_bus();
         self.begin_boot(ModelEvent::PowerOn);
     }
 
@@ -268,9 +308,16 @@ impl Model {
     pub fn bus_reset(&mut self, now: Duration) {
         self.advance(now);
         self.bus_resets += 1;
+        self.reset_bus();
+        self.begin_boot(ModelEvent::BusReset);
+    }
+
+    fn reset_bus(&mut self) {
         self.config.bus_reset();
         self.bus_scratch = 0;
-        self.begin_boot(ModelEvent::BusReset);
+        if self.has(&Fault::D3hotAtStart) {
+            self.config.sleep();
+        }
     }
 
     fn function_reset(&mut self) {
@@ -283,7 +330,9 @@ impl Model {
     fn begin_boot(&mut self, event: ModelEvent) {
         self.function_scratch = 0;
         self.emem.reset();
+        self.mnoc.reset();
         self.reset_at = self.now;
+        self.open_at = None;
         self.ready_at = None;
         self.event(self.now, event);
     }
@@ -293,12 +342,23 @@ impl Model {
         self.advance(now);
         self.faults.retain(|old| !old.replaced_by(&fault));
         self.faults.push(fault);
+        match fault {
+            Fault::OffBus { .. } => self.answered = 0,
+            Fault::FspStaleReply if self.ready_at.is_some() => self.leave_stale_reply(self.now),
+            _ => {}
+        }
+        self.advance(now);
     }
 
     /// Makes everything right again.
     pub fn clear_faults(&mut self, now: Duration) {
         self.advance(now);
+        let was_cold = self.has(&Fault::D3cold);
         self.faults.clear();
+        if was_cold {
+            self.power_on(now);
+        }
+        self.advance(now);
     }
 
     /// What is happening, at `now`.
@@ -309,6 +369,7 @@ impl Model {
             boot: match self.ready_at {
                 Some(_) => BootState::Ready,
                 None if self.config_retries() => BootState::ConfigRetry,
+                None if self.open_at.is_none() => BootState::Firewalled,
                 None => BootState::Booting,
             },
             status_word: self.status_word,
@@ -332,6 +393,10 @@ impl Model {
     /// Reads `data.len()` bytes. Whatever the hardware would not answer reads all ones.
     pub fn read(&mut self, now: Duration, space: Space, offset: u64, data: &mut [u8]) {
         self.advance(now);
+        if self.is_gone(space) {
+            data.fill(0xff);
+            return;
+        }
         match space {
             Space::Config => self.read_config(offset, data),
             Space::Bar0 => self.read_bar0(offset, data),
@@ -348,6 +413,9 @@ impl Model {
     /// Writes bytes. Whatever the hardware would not take is dropped.
     pub fn write(&mut self, now: Duration, space: Space, offset: u64, data: &[u8]) {
         self.advance(now);
+        if self.is_gone(space) {
+            return;
+        }
         match space {
             Space::Config => self.write_config(offset, data),
             Space::Bar0 => self.write_bar0(offset, data),
@@ -363,24 +431,83 @@ impl Model {
     /// Lets everything happen that is due by `now`.
     pub fn advance(&mut self, now: Duration) {
         self.now = self.now.max(now);
-        if self.ready_at.is_none() && !self.has(&Fault::BootNeverCompletes) {
-            let slow = self.fault_ms(|fault| if let Fault::BootSlow(ms) = fault { Some(*ms) } else { None });
-            let due = [self.spec.config_retry, self.spec.boot, slow]
-                .into_iter()
-                .fold(self.reset_at, Duration::saturating_add);
-            if self.now >= due {
-                self.ready_at = Some(due);
-                self.latch();
-                self.event(due, ModelEvent::Ready(self.status_word));
-            }
-        }
-        let Some(ready_at) = self.ready_at else { return };
+        self.boot();
+        self.refresh_config();
+        let Some(ready_at) = self.ready_at.filter(|_| self.firmware_works()) else { return };
         if !self.has(&Fault::FspQueueStuck) {
             while let Some((channel, at, words)) = self.emem.take_request(self.now, ready_at, self.spec.fsp_latency) {
                 self.serve(channel, at, words);
             }
+            if let Some((at, words)) = self.mnoc.take_request(self.now, ready_at, self.spec.fsp_latency) {
+                self.serve(mnoc::PORT, at, words);
+            }
         }
         self.emem.deliver(self.now, self.has(&Fault::FspSplitPointers));
+        self.mnoc.deliver(self.now);
+    }
+
+    /// Goes on from the last reset as far as time and faults allow.
+    fn boot(&mut self) {
+        if self.has(&Fault::D3cold) {
+            return;
+        }
+        if self.open_at.is_none() {
+            let shut = self.spec.model.chip().has_firewall();
+            let firewall = if shut { self.spec.firewall } else { Duration::ZERO };
+            let due = self.reset_at.saturating_add(self.spec.config_retry).saturating_add(firewall);
+            if self.now >= due && !(shut && self.has(&Fault::FirewallStuck)) {
+                self.open_at = Some(due);
+            }
+        }
+        let Some(open_at) = self.open_at else { return };
+        if self.ready_at.is_none() && !self.has(&Fault::BootNeverCompletes) && !self.recovers() {
+            let slow = self.fault_ms(|fault| if let Fault::BootSlow(ms) = fault { Some(*ms) } else { None });
+            let due = open_at.saturating_add(self.spec.boot).saturating_add(slow);
+            if self.now >= due {
+                self.ready_at = Some(due);
+                self.latch();
+                self.event(due, ModelEvent::Ready(self.status_word));
+                if self.has(&Fault::FspStaleReply) {
+                    self.leave_stale_reply(due);
+                }
+            }
+        }
+    }
+
+    fn recovers(&self) -> bool {
+        self.faults.iter().any(|fault| matches!(fault, Fault::Recovery { .. }))
+    }
+
+    /// The security-fault word; none on a device that has had no security fault.
+    fn security_fault(&self) -> Option<u32> {
+        self.faults.iter().find_map(|fault| if let Fault::SecurityFault(word) = fault { Some(*word) } else { None })
+    }
+
+    fn firmware_works(&self) -> bool {
+        !self.recovers() && self.security_fault().is_none() && !self.has(&Fault::D3cold)
+    }
+
+    /// Brings the dwords of config space that the device itself changes up to date.
+    fn refresh_config(&mut self) {
+        let no_flr = self.has(&Fault::NoFlr);
+        let capabilities = config_space::DEVCAP_FLR & if no_flr { !(1 << 28) } else { u32::MAX };
+        self.config.set(config_space::DEVCAP, capabilities);
+        let firewall = u32::from(self.open_at.is_none());
+        let fault = self.security_fault().unwrap_or(0);
+        match self.spec.model.chip() {
+            Chip::Hopper => self.config.set(config_space::VSEC_FAULT, fault),
+            Chip::Gb20x => {
+                self.config.set(config_space::VSEC_FAULT, fault);
+                self.config.set(config_space::VSEC_FIREWALL, firewall << 24);
+            }
+            Chip::Gb10x => {
+                let mailbox = u32::from(self.ready_at.is_some() && self.firmware_works());
+                let flags = firewall << 20 | mailbox << 19 | u32::from(self.recovers()) << 17;
+                self.config.set(config_space::DVSEC_FLAGS, flags);
+                self.config.set(config_space::DVSEC_FAULT, fault);
+            }
+            Chip::Bare | Chip::Laguna | Chip::Other => {}
+        }
     }
 
     /// The effective mode becomes what the knobs say.
@@ -388,11 +515,34 @@ impl Model {
         if self.has(&Fault::ModeUnchangedAfterReset) {
             return;
         }
-        self.status_word = if self.spec.model.is_switch() {
-            self.knobs.bit(knobs::PPCIE)
+        let mode = if self.has(&Fault::EffectiveState2) {
+            2
         } else {
-            self.knobs.bit(knobs::CCM) | self.knobs.bit(knobs::CCD) << 1 | self.knobs.bit(knobs::PPCIE) << 5
+            self.knobs.bit(knobs::CCM) | self.knobs.bit(knobs::CCD) << 1
         };
+        let decoupler = self.spec.decoupler_in_status && self.knobs.read(knobs::DECOUPLER) == Ok(2);
+        self.status_word = match self.spec.model.chip() {
+            Chip::Hopper => mode | self.knobs.bit(knobs::PPCIE) << 5,
+            Chip::Gb10x | Chip::Gb20x => mode | u32::from(decoupler) << 2 | u32::from(self.spec.bmsai) << 8,
+            Chip::Laguna => self.knobs.bit(knobs::PPCIE),
+            Chip::Bare | Chip::Other => 0,
+        };
+    }
+
+    /// Whether an access finds nothing, because the device has fallen off the bus or has no power; counts those that it
+    /// still answers.
+    fn is_gone(&mut self, space: Space) -> bool {
+        let off = self.faults.iter().find_map(|fault| match fault {
+            Fault::OffBus { part, after } if part.covers(space) => Some(*after),
+            _ => None,
+        });
+        if let Some(after) = off {
+            if self.answered >= after {
+                return true;
+            }
+            self.answered += 1;
+        }
+        self.has(&Fault::D3cold)
     }
 
     fn config_retries(&self) -> bool {
@@ -424,15 +574,22 @@ impl Model {
         if self.has(&Fault::ConfigAllOnes) || self.config_retries() {
             return;
         }
-        if self.config.write(offset, data) == ConfigEffect::FunctionReset {
+        if self.config.write(offset, data) == ConfigEffect::FunctionReset && !self.has(&Fault::NoFlr) {
             self.function_reset();
         }
+        self.refresh_config();
     }
 
     /// Splits an access into the dwords it touches.
     fn read_bar0(&mut self, offset: u64, data: &mut [u8]) {
         if !self.bars_answer() {
             data.fill(0xff);
+            return;
+        }
+        if self.open_at.is_none() {
+            for (at, byte) in config_space::addresses(offset).zip(data) {
+                *byte = self.spec.firewall_read.to_le_bytes()[at & 3];
+            }
             return;
         }
         self.check_width(offset, data.len(), false);
@@ -450,7 +607,7 @@ impl Model {
     }
 
     fn write_bar0(&mut self, offset: u64, data: &[u8]) {
-        if !self.bars_answer() {
+        if !self.bars_answer() || self.open_at.is_none() {
             return;
         }
         self.check_width(offset, data.len(), true);
@@ -478,43 +635,70 @@ impl Model {
         }
     }
 
-    fn peek_register(&self, offset: u32) -> u32 {
-        if self.pri_errors() {
-            return undecided::PRI_ERROR;
+    /// What every register reads as, if none of them answers by itself.
+    fn overlay(&self) -> Option<u32> {
+        if self.security_fault().is_some() {
+            return Some(undecided::SECURITY_FAULT_BOOT_0);
         }
+        self.pri_errors().then_some(undecided::PRI_ERROR)
+    }
+
+    fn ills(&self) -> Ills {
+        Ills {
+            receive_error: self.has(&Fault::MnocReceiveError),
+            credit_gap: self.fault_ms(|fault| if let Fault::MnocCreditGap(ms) = fault { Some(*ms) } else { None }),
+        }
+    }
+
+    fn peek_register(&self, offset: u32) -> u32 {
+        if let Some(value) = self.overlay() {
+            return value;
+        }
+        let booted = self.ready_at.is_some() && !self.recovers();
         match registers::lookup(self.spec.model, offset) {
+            None if self.spec.model.chip() == Chip::Other => undecided::OTHER_FUNCTION_READ,
             None => undecided::PRI_ERROR,
+            Some(Register::Boot0) if self.has(&Fault::Recovery { blank: true }) => 0,
+            Some(Register::Boot0) => self.spec.boot_0.or(self.spec.model.boot_0()).unwrap_or(undecided::PRI_ERROR),
             Some(Register::Constant(value)) => value,
-            Some(Register::Boot) if self.ready_at.is_some() => BOOTED,
-            Some(Register::Boot | Register::Sink) => 0,
+            Some(Register::Boot) if booted => BOOTED,
+            Some(Register::C2c) if booted => undecided::C2C_STATUS_UP,
+            Some(Register::Boot | Register::C2c | Register::Sink) => 0,
             Some(Register::Status) => self.status_word,
+            Some(Register::Recovery(active, _)) if self.recovers() => active,
+            Some(Register::Recovery(_, healthy)) => healthy,
             Some(Register::FunctionScratch) => self.function_scratch,
             Some(Register::BusScratch) => self.bus_scratch,
             Some(Register::Emem(channel, register)) => self.emem.peek(channel, register),
+            Some(Register::Mnoc(register)) => self.mnoc.peek(self.now, register, self.ills()),
         }
     }
 
     fn read_register(&mut self, offset: u32) -> u32 {
-        if self.pri_errors() {
-            return undecided::PRI_ERROR;
+        if let Some(value) = self.overlay() {
+            return value;
         }
-        match registers::lookup(self.spec.model, offset) {
-            Some(Register::Emem(channel, register)) => {
-                let mut errors = Vec::new();
-                let value = self.emem.read(channel, register, &mut errors);
-                self.host_errors(errors);
+        let mut errors = Vec::new();
+        let value = match registers::lookup(self.spec.model, offset) {
+            Some(Register::Emem(channel, register)) => self.emem.read(channel, register, &mut errors),
+            Some(Register::Mnoc(register)) => {
+                let value = self.mnoc.read(self.now, register, self.ills(), &mut errors);
+                // A reply that waited behind the one just read shows at once.
+                self.mnoc.deliver(self.now);
                 value
             }
             None => {
                 self.stray(Space::Bar0, u64::from(offset), None);
-                undecided::PRI_ERROR
+                self.peek_register(offset)
             }
             Some(_) => self.peek_register(offset),
-        }
+        };
+        self.host_errors(errors);
+        value
     }
 
     fn write_register(&mut self, offset: u32, value: u32) {
-        if self.pri_errors() {
+        if self.overlay().is_some() {
             return;
         }
         match registers::lookup(self.spec.model, offset) {
@@ -532,10 +716,31 @@ impl Model {
                 // A latency of nothing means at once, not at the next access.
                 self.advance(self.now);
             }
-            Some(Register::Constant(_) | Register::Boot | Register::Status) | None => {
-                self.stray(Space::Bar0, u64::from(offset), Some(value));
-            }
+            Some(Register::Mnoc(register)) => self.write_mnoc(offset, register, value),
+            Some(
+                Register::Boot0
+                | Register::Constant(_)
+                | Register::Boot
+                | Register::C2c
+                | Register::Status
+                | Register::Recovery(..),
+            )
+            | None => self.stray(Space::Bar0, u64::from(offset), Some(value)),
         }
+    }
+
+    fn write_mnoc(&mut self, offset: u32, register: MnocRegister, value: u32) {
+        let mut errors = Vec::new();
+        let before = self.mnoc.has_request();
+        let ills = self.ills();
+        if !self.mnoc.write(self.now, register, value, ills, &mut errors) {
+            self.stray(Space::Bar0, u64::from(offset), Some(value));
+        }
+        if self.ready_at.is_none() && !before && self.mnoc.has_request() {
+            errors.push(HostError::RequestBeforeBoot { channel: mnoc::PORT });
+        }
+        self.host_errors(errors);
+        self.advance(self.now);
     }
 
     /// FSP takes a request and answers it.
@@ -544,9 +749,29 @@ impl Model {
         let reply = self.answer(channel, at, &words).filter(|_| !self.has(&Fault::FspNoReply));
         if let Some(reply) = &reply {
             let late = self.fault_ms(|fault| if let Fault::FspLateReply(ms) = fault { Some(*ms) } else { None });
-            self.emem.reply(channel, at.saturating_add(late), reply.clone());
+            let at = at.saturating_add(late);
+            let copies = if self.has(&Fault::FspDuplicateReply) { 2 } else { 1 };
+            for copy in 0..copies {
+                match self.spec.model.chip().transport() {
+                    Some(Transport::Emem) => self.emem.reply(channel, at, reply.clone(), copy > 0),
+                    Some(Transport::Mnoc) if self.has(&Fault::MnocSendError) => self.mnoc.fail(),
+                    Some(Transport::Mnoc) => self.mnoc.reply(at, reply.clone()),
+                    None => {}
+                }
+            }
         }
         self.event(at, ModelEvent::Rpc { channel, request: words, reply });
+    }
+
+    /// Puts a reply into the mailbox that nobody asked for.
+    fn leave_stale_reply(&mut self, at: Duration) {
+        let header = NVDM_PRC & 0x00ff_ffff | u32::from(RESPONSE) << 24;
+        let words = vec![MCTP_SINGLE, header, undecided::REPLY_TASK_ID, PRC, 0, undecided::STALE_REPLY_VALUE];
+        match self.spec.model.chip().transport() {
+            Some(Transport::Emem) => self.emem.reply(2, at, words, false),
+            Some(Transport::Mnoc) => self.mnoc.reply(at, words),
+            None => {}
+        }
     }
 
     /// The reply to a request (sections 4.4 to 4.6); none to what is not a PRC command at all.
@@ -579,6 +804,7 @@ impl Model {
             (0x020c, []) => match self.forced_error(knob) {
                 Some(code) => Err(code),
                 None => match self.knobs.read(knob) {
+                    Ok(_) if self.forced_zero(knob) => Ok(Some(self.noise() << 16)),
                     Ok(value) => Ok(Some(u32::from(value) | self.noise() << 16)),
                     Err(refusal) => Err(self.code(refusal)),
                 },
@@ -587,6 +813,9 @@ impl Model {
                 let value = u16::try_from(*value).ok()?;
                 match (self.forced_error(knob), self.knobs.may_write(knob)) {
                     (Some(code), _) => Err(code),
+                    (None, Ok(())) if knob.checked_sub(1).is_some_and(|guard| self.forced_zero(guard)) => {
+                        Err(self.code(Refusal::Denied))
+                    }
                     (None, Err(refusal)) => Err(self.code(refusal)),
                     (None, Ok(())) => {
                         if !self.has(&Fault::KnobWriteIgnored) && self.knobs.set(knob, value) {
@@ -597,7 +826,7 @@ impl Model {
                 }
             }
             // Couple the next bus reset to a fundamental reset. Every bus reset of the model clears as much anyway.
-            (0x0104, []) if knob == 1 && !self.spec.model.is_switch() => Ok(None),
+            (0x0104, []) if knob == 1 && self.spec.model.chip() == Chip::Hopper => Ok(None),
             _ => return None,
         };
         Some(result)
@@ -621,8 +850,20 @@ impl Model {
         of(Some(id)).or_else(|| of(None))
     }
 
+    /// Whether a fault makes this permission knob read 0.
+    fn forced_zero(&self, id: u16) -> bool {
+        knobs::is_permission(id)
+            && self.faults.iter().any(|fault| match fault {
+                Fault::PermissionKnobZero(knob) => knob.is_none_or(|knob| knob == id),
+                _ => false,
+            })
+    }
+
     /// The next 16 bits of garbage, never 0, the same in every run.
     fn noise(&mut self) -> u32 {
+        if self.has(&Fault::FspCleanHighHalf) {
+            return 0;
+        }
         self.garbage ^= self.garbage << 13;
         self.garbage ^= self.garbage >> 7;
         self.garbage ^= self.garbage << 17;

@@ -218,8 +218,11 @@ impl Fleet {
 
     /// Makes something wrong with a device, at once.
     pub fn set_fault(&self, name: &str, fault: Fault) -> Result<(), FleetError> {
-        self.device(name)?.touch(&self.shared, |model, now| model.set_fault(now, fault));
-        Ok(())
+        self.device(name)?.touch(&self.shared, |model, now| {
+            model.spec().check_fault(&fault)?;
+            model.set_fault(now, fault);
+            Ok(())
+        })
     }
 
     /// Takes all faults of a device away, at once.

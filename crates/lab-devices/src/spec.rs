@@ -1,110 +1,40 @@
 //! What a virtual device is: its model, firmware and settings, as written in a topology file.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::fault::Fault;
+use crate::kind::{Chip, ModelKind};
 use crate::undecided;
-
-/// The chips that can be imitated. In files and on command lines: `h100`, `h200`, `ls10`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ModelKind {
-    /// H100 SXM: 10de:2330, subsystem 10de:16c1, chip GH100.
-    H100,
-    /// H200 SXM: 10de:2335, subsystem 10de:18bf, chip GH100.
-    H200,
-    /// Third-generation NVSwitch: 10de:22a3, chip LS10.
-    Ls10,
-}
-
-/// A text that names no model.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is not a model of a virtual device; known are h100, h200 and ls10")]
-pub struct UnknownModel(String);
-
-impl ModelKind {
-    /// Every model, in the order of their names.
-    pub const ALL: [ModelKind; 3] = [ModelKind::H100, ModelKind::H200, ModelKind::Ls10];
-
-    /// The name in files and on command lines.
-    pub fn name(self) -> &'static str {
-        match self {
-            ModelKind::H100 => "h100",
-            ModelKind::H200 => "h200",
-            ModelKind::Ls10 => "ls10",
-        }
-    }
-
-    /// Whether this is an NVSwitch rather than a GPU.
-    pub fn is_switch(self) -> bool {
-        self == ModelKind::Ls10
-    }
-
-    /// PCI device id (the vendor is always 10de).
-    pub fn device_id(self) -> u16 {
-        match self {
-            ModelKind::H100 => 0x2330,
-            ModelKind::H200 => 0x2335,
-            ModelKind::Ls10 => 0x22a3,
-        }
-    }
-
-    /// PCI subsystem device id (the subsystem vendor is always 10de).
-    pub fn subsystem_id(self) -> u16 {
-        match self {
-            ModelKind::H100 => 0x16c1,
-            ModelKind::H200 => 0x18bf,
-            ModelKind::Ls10 => undecided::SWITCH_SUBSYSTEM_DEVICE,
-        }
-    }
-
-    /// PCI class, subclass and programming interface (gpu-cc-protocol section 1.1).
-    pub fn class(self) -> u32 {
-        if self.is_switch() { 0x06_8000 } else { 0x03_0200 }
-    }
-}
-
-impl fmt::Display for ModelKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for ModelKind {
-    type Err = UnknownModel;
-
-    fn from_str(text: &str) -> Result<Self, UnknownModel> {
-        ModelKind::ALL
-            .into_iter()
-            .find(|kind| kind.name() == text)
-            .ok_or_else(|| UnknownModel(text.chars().take(64).collect()))
-    }
-}
 
 /// Which knobs the firmware knows (gpu-cc-protocol section 10.5). An unknown one is answered with error 0x1e3.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Firmware {
-    /// GPU: knobs 1 to 47. NVSwitch: 2, 4, 6, 8, 10, 34, 44, 45.
+    /// Hopper: knobs 1 to 47. Blackwell: the same without Protected PCIe's 44 and 45. LS10: 2, 4, 6, 8, 10, 34, 44, 45.
     #[default]
     Current,
-    /// As `Current` without 44 to 47: firmware from before Protected PCIe.
+    /// As `Current` without 44 to 47, firmware from before Protected PCIe; on Blackwell also without 1 to 4, 33 and 34,
+    /// which newer tools no longer touch there (section 12).
     Old,
 }
 
 impl Firmware {
-    /// The ids of the knobs that exist on a device of this kind.
+    /// The ids of the knobs that exist on a device of this kind; none on one without a firmware processor to talk to.
     pub fn knob_ids(self, kind: ModelKind) -> BTreeSet<u16> {
-        let all: BTreeSet<u16> =
-            if kind.is_switch() { [2, 4, 6, 8, 10, 34, 44, 45].into() } else { (1..=47).collect() };
+        let blackwell = matches!(kind.chip(), Chip::Gb10x | Chip::Gb20x);
+        let all: BTreeSet<u16> = match kind.chip() {
+            Chip::Hopper => (1..=47).collect(),
+            Chip::Gb10x | Chip::Gb20x => (1..=47).filter(|id| !matches!(id, 44 | 45)).collect(),
+            Chip::Laguna => [2, 4, 6, 8, 10, 34, 44, 45].into(),
+            Chip::Bare | Chip::Other => BTreeSet::new(),
+        };
+        let lacks = |id: u16| matches!(id, 44..=47) || blackwell && matches!(id, 1..=4 | 33 | 34);
         match self {
             Firmware::Current => all,
-            Firmware::Old => all.into_iter().filter(|id| !(44..=47).contains(id)).collect(),
+            Firmware::Old => all.into_iter().filter(|id| !lacks(*id)).collect(),
         }
     }
 }
@@ -133,6 +63,10 @@ pub struct DeviceSpec {
     /// rest all ones. It comes before the boot time.
     #[serde(rename = "config_retry_ms", default, with = "millis")]
     pub config_retry: Duration,
+    /// How long the BAR firewall of a Blackwell GPU stays up (`firewall_ms`), after config space answers and before the
+    /// boot time.
+    #[serde(rename = "firewall_ms", default = "default_firewall", with = "millis")]
+    pub firewall: Duration,
     /// From a doorbell to the reply (`fsp_latency_ms`).
     #[serde(rename = "fsp_latency_ms", default = "default_fsp_latency", with = "millis")]
     pub fsp_latency: Duration,
@@ -151,6 +85,18 @@ pub struct DeviceSpec {
     /// PCI device serial number; by default made from the name.
     #[serde(default)]
     pub serial: Option<u64>,
+    /// PMC_BOOT_0, where it is to be another than the model's. Blackwell's is not documented.
+    #[serde(default)]
+    pub boot_0: Option<u32>,
+    /// What BAR0 reads as while the BAR firewall is up. What real devices answer is unknown.
+    #[serde(default = "default_firewall_read")]
+    pub firewall_read: u32,
+    /// Whether bit 2 of a Blackwell's status word shows the BAR0 decoupler.
+    #[serde(default = "default_decoupler_in_status")]
+    pub decoupler_in_status: bool,
+    /// Bit 8 of the status word of a Blackwell with C2C: CC can be enabled all the same (section 12, BMSAI).
+    #[serde(default)]
+    pub bmsai: bool,
     /// Size of a GPU's BAR2 in MiB, a power of two. Real ones have up to 256 GiB, which few emulated hosts can place.
     #[serde(default = "default_bar2_mib")]
     pub bar2_mib: u64,
@@ -161,6 +107,18 @@ pub struct DeviceSpec {
 
 fn default_boot() -> Duration {
     Duration::from_millis(300)
+}
+
+fn default_firewall() -> Duration {
+    Duration::from_millis(50)
+}
+
+fn default_firewall_read() -> u32 {
+    undecided::FIREWALL_READ
+}
+
+fn default_decoupler_in_status() -> bool {
+    undecided::DECOUPLER_IN_STATUS
 }
 
 fn default_fsp_latency() -> Duration {
@@ -189,6 +147,24 @@ pub enum SpecError {
         /// The knob.
         knob: u16,
     },
+    /// A fault that a device of this model cannot have.
+    #[error("Virtual device {name}: a {model} cannot have the fault {fault}")]
+    Fault {
+        /// The device.
+        name: String,
+        /// What it imitates.
+        model: ModelKind,
+        /// The fault.
+        fault: Fault,
+    },
+    /// `bmsai` on a device that has no such bit.
+    #[error("Virtual device {name}: bmsai is for Blackwell GPUs with C2C, and this is a {model}")]
+    Bmsai {
+        /// The device.
+        name: String,
+        /// What it imitates.
+        model: ModelKind,
+    },
     /// The BAR2 size is not a power of two from 1 MiB to 256 GiB.
     #[error("Virtual device {name}: BAR2 of {mib} MiB is not a power of two from 1 to 262144")]
     Bar2 {
@@ -207,12 +183,17 @@ impl DeviceSpec {
             model,
             boot: default_boot(),
             config_retry: Duration::ZERO,
+            firewall: default_firewall(),
             fsp_latency: default_fsp_latency(),
             knobs: BTreeMap::new(),
             firmware: Firmware::default(),
             absent_knobs: BTreeSet::new(),
             denied_write_error: default_denied_write_error(),
             serial: None,
+            boot_0: None,
+            firewall_read: default_firewall_read(),
+            decoupler_in_status: default_decoupler_in_status(),
+            bmsai: false,
             bar2_mib: default_bar2_mib(),
             faults: Vec::new(),
         }
@@ -225,13 +206,29 @@ impl DeviceSpec {
 
     /// Size in bytes of BAR `index`; 0 where there is none (h200-observed; gpu-cc-protocol section 1.4).
     pub fn bar_size(&self, index: u32) -> u64 {
+        const KIB: u64 = 1 << 10;
         const MIB: u64 = 1 << 20;
-        match (index, self.model.is_switch()) {
-            (0, false) => 16 * MIB,
-            (2, false) => self.bar2_mib.saturating_mul(MIB),
-            (0, true) | (4, false) => 32 * MIB,
+        let kind = self.model;
+        match index {
+            0 if kind.is_switch() => 32 * MIB,
+            0 => match (kind.chip(), kind) {
+                (Chip::Gb10x | Chip::Gb20x, _) => undecided::BLACKWELL_BAR0_MIB * MIB,
+                (Chip::Other, ModelKind::Nic) => undecided::NIC_BAR0_KIB * KIB,
+                (Chip::Other, _) => undecided::AUDIO_BAR0_KIB * KIB,
+                _ => 16 * MIB,
+            },
+            2 if kind.is_gpu() => self.bar2_mib.saturating_mul(MIB),
+            4 if kind.is_gpu() => 32 * MIB,
             _ => 0,
         }
+    }
+
+    /// Checks that the device can have a fault.
+    pub fn check_fault(&self, fault: &Fault) -> Result<(), SpecError> {
+        if fault.applies_to(self.model) {
+            return Ok(());
+        }
+        Err(SpecError::Fault { name: self.name.clone(), model: self.model, fault: *fault })
     }
 
     /// Checks what the types cannot say.
@@ -244,6 +241,10 @@ impl DeviceSpec {
         if let Some(&knob) = self.knobs.keys().find(|id| !ids.contains(id)) {
             return Err(SpecError::NoSuchKnob { name: self.name.clone(), knob });
         }
+        if self.bmsai && !(self.model.has_c2c() && self.model.chip() == Chip::Gb10x) {
+            return Err(SpecError::Bmsai { name: self.name.clone(), model: self.model });
+        }
+        self.faults.iter().try_for_each(|fault| self.check_fault(fault))?;
         if !self.bar2_mib.is_power_of_two() || self.bar2_mib > 256 << 10 {
             return Err(SpecError::Bar2 { name: self.name.clone(), mib: self.bar2_mib });
         }
@@ -339,17 +340,15 @@ mod tests {
             DeviceSpec { firmware: Firmware::Old, knobs: [(45, 1)].into(), ..good.clone() },
             DeviceSpec { model: ModelKind::Ls10, knobs: [(7, 1)].into(), ..good.clone() },
             DeviceSpec { bar2_mib: 48, ..good.clone() },
+            DeviceSpec { bmsai: true, ..good.clone() },
+            DeviceSpec { bmsai: true, model: ModelKind::B200, ..good.clone() },
+            DeviceSpec { model: ModelKind::B200, knobs: [(45, 1)].into(), ..good.clone() },
+            DeviceSpec { model: ModelKind::A100, knobs: [(8, 1)].into(), ..good.clone() },
+            DeviceSpec { faults: vec![Fault::FirewallStuck], ..good.clone() },
         ];
         for spec in cases {
             assert!(spec.validate().is_err(), "{spec:?}");
         }
-    }
-
-    #[test]
-    fn model_names_parse_as_they_print() {
-        for kind in ModelKind::ALL {
-            assert_eq!(kind.to_string().parse(), Ok(kind));
-        }
-        assert!("H100".parse::<ModelKind>().is_err());
+        assert_eq!(DeviceSpec { bmsai: true, ..DeviceSpec::new("gpu0", ModelKind::Gb200) }.validate(), Ok(()));
     }
 }

@@ -12,7 +12,7 @@
 //! * `micros`: microseconds since the fleet was started, from a clock that never runs backwards. A device is brought
 //!   up to date when it is next touched, so `ready` and `rpc` lines carry the earlier time at which they became due.
 //! * `kind`: `read`, `write`, `flr`, `bus-reset`, `power-on`, `ready` (the value is the latched status word) or `rpc`
-//!   (the offset is the channel, the value the error code of the reply, the note the words).
+//!   (the offset is the EMEM channel or MNOC port, the value the error code of the reply, the note the words).
 //! * `space`: `bar0`, `bar2`, `bar4`, `config`, or `device` for what concerns the device as a whole.
 //! * `width`: bytes of the access; `value`: its first eight bytes, little-endian, as the device answered or was told.
 
@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::emem::{self, EmemRegister};
+use crate::mnoc::{self, MnocRegister};
 
 /// Events kept in memory. Those after it are counted as overflow; the file, if any, has them all.
 pub const MEMORY_EVENTS: usize = 2_000_000;
@@ -199,7 +200,7 @@ pub(crate) fn micros(at: Duration) -> u64 {
 pub struct Rpc {
     /// When the doorbell was rung: microseconds since the fleet was started.
     pub micros: u64,
-    /// The EMEM channel.
+    /// The EMEM channel, or the MNOC port.
     pub channel: u8,
     /// The dwords that the host wrote, MCTP and NVDM headers first.
     pub request: Vec<u32>,
@@ -240,47 +241,109 @@ fn display(f: &mut fmt::Formatter<'_>, request: &[u32], reply: Option<&[u32]>) -
     }
 }
 
-/// Puts together the exchanges of one device from its EMEM accesses, in the order of their doorbells.
+/// Puts together the exchanges of one device from its accesses to the mailbox, in the order of their doorbells.
 ///
-/// An exchange begins with a write to the head of a command queue after data was written, and ends with the write to
-/// the tail of the message queue, or with the next doorbell. Only 32-bit accesses are looked at.
+/// On EMEM an exchange begins with a write to the head of a command queue after data was written, and ends with the write
+/// to the tail of the message queue, or with the next doorbell. On MNOC it begins with the announcement of a message and
+/// ends with the next one. Only 32-bit accesses are looked at.
 pub fn rpcs(events: &[TraceEvent], device: &str) -> Vec<Rpc> {
-    let mut written: [Vec<u32>; 8] = Default::default();
-    let mut open: [Option<usize>; 8] = [None; 8];
+    let mut emem = EmemReader::default();
+    let mut mnoc = MnocReader::default();
     let mut found: Vec<Rpc> = Vec::new();
     for event in events.iter().filter(|event| &*event.device == device) {
         if matches!(event.kind, Kind::Flr | Kind::BusReset | Kind::PowerOn) {
-            written = Default::default();
-            open = [None; 8];
+            emem = EmemReader::default();
+            mnoc = MnocReader::default();
         }
         let (Space::Bar0, 4, Ok(offset)) = (event.space, event.width, u32::try_from(event.offset)) else { continue };
-        let Some((channel, register)) = emem::decode(offset) else { continue };
-        let at = usize::from(channel);
         let value = u32::try_from(event.value).unwrap_or(u32::MAX);
-        match (event.kind, register) {
-            (Kind::Write, EmemRegister::Control) => {
-                written[at].clear();
-                // A reply that is read again from the start is one reply.
-                if let Some(rpc) = open[at] {
-                    found[rpc].reply.clear();
-                }
-            }
-            (Kind::Write, EmemRegister::Data) => written[at].push(value),
-            (Kind::Write, EmemRegister::QueueHead) if !written[at].is_empty() => {
-                open[at] = Some(found.len());
-                let request = std::mem::take(&mut written[at]);
-                found.push(Rpc { micros: event.micros, channel, request, reply: Vec::new() });
-            }
-            (Kind::Read, EmemRegister::Data) => {
-                if let Some(rpc) = open[at] {
-                    found[rpc].reply.push(value);
-                }
-            }
-            (Kind::Write, EmemRegister::MessageTail) => open[at] = None,
-            _ => {}
+        if let Some((channel, register)) = emem::decode(offset) {
+            emem.take(event, channel, register, value, &mut found);
+        } else if let Some(register) = mnoc::decode(offset) {
+            mnoc.take(event, register, value, &mut found);
         }
     }
     found
+}
+
+/// What is under way in the MNOC mailbox.
+#[derive(Default)]
+struct MnocReader {
+    /// Dwords of the request that are still to come.
+    announced: usize,
+    /// Dwords of the reply that are still to come, once its size was read.
+    expected: Option<usize>,
+    open: Option<usize>,
+}
+
+impl MnocReader {
+    fn take(&mut self, event: &TraceEvent, register: MnocRegister, value: u32, found: &mut Vec<Rpc>) {
+        let dwords = |size: u32| usize::try_from(size.div_ceil(4)).unwrap_or(0);
+        match (event.kind, register) {
+            (Kind::Write, MnocRegister::ReceiveInfo) => {
+                if let Some(size) = mnoc::announced(value) {
+                    *self = MnocReader { announced: dwords(size), expected: None, open: Some(found.len()) };
+                    let (micros, channel) = (event.micros, mnoc::PORT);
+                    found.push(Rpc { micros, channel, request: Vec::new(), reply: Vec::new() });
+                }
+            }
+            (Kind::Write, MnocRegister::ReceiveData) => {
+                if let Some(at) = self.open.filter(|_| self.announced > 0) {
+                    self.announced -= 1;
+                    found[at].request.push(value);
+                    found[at].micros = event.micros;
+                }
+            }
+            (Kind::Read, MnocRegister::SendInfo) => {
+                self.expected = self.expected.or(mnoc::waiting(value).map(dwords));
+            }
+            (Kind::Read, MnocRegister::SendData) => {
+                if let Some(at) = self.open {
+                    found[at].reply.push(value);
+                    // What comes after is a reply that nobody asked for.
+                    if self.expected.is_some_and(|expected| found[at].reply.len() >= expected) {
+                        self.open = None;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What is under way on the EMEM channels.
+#[derive(Default)]
+struct EmemReader {
+    written: [Vec<u32>; 8],
+    open: [Option<usize>; 8],
+}
+
+impl EmemReader {
+    fn take(&mut self, event: &TraceEvent, channel: u8, register: EmemRegister, value: u32, found: &mut Vec<Rpc>) {
+        let at = usize::from(channel);
+        match (event.kind, register) {
+            (Kind::Write, EmemRegister::Control) => {
+                self.written[at].clear();
+                // A reply that is read again from the start is one reply.
+                if let Some(rpc) = self.open[at] {
+                    found[rpc].reply.clear();
+                }
+            }
+            (Kind::Write, EmemRegister::Data) => self.written[at].push(value),
+            (Kind::Write, EmemRegister::QueueHead) if !self.written[at].is_empty() => {
+                self.open[at] = Some(found.len());
+                let request = std::mem::take(&mut self.written[at]);
+                found.push(Rpc { micros: event.micros, channel, request, reply: Vec::new() });
+            }
+            (Kind::Read, EmemRegister::Data) => {
+                if let Some(rpc) = self.open[at] {
+                    found[rpc].reply.push(value);
+                }
+            }
+            (Kind::Write, EmemRegister::MessageTail) => self.open[at] = None,
+            _ => {}
+        }
+    }
 }
 
 #[cfg(test)]

@@ -39,3 +39,63 @@ pub const FLR_CLEARS_HDA_BIT: bool = false;
 
 /// DEVCTL after a reset: the default of the PCI Express specification. The observed value was set by its kernel.
 pub const DEVCTL_DEFAULT: u16 = 0x2810;
+
+/// PMC_BOOT_0 of GB10x and of GB20x (section 13, question 9); [`DeviceSpec::boot_0`](crate::DeviceSpec) overrides them.
+pub const GB10X_BOOT_0: u32 = 0x1a00_00a1;
+/// See [`GB10X_BOOT_0`].
+pub const GB20X_BOOT_0: u32 = 0x1b20_00a1;
+
+/// Device id of the GPU that no table knows: outside every range of the device table.
+pub const UNKNOWN_GPU_DEVICE: u16 = 0x3f00;
+/// Its PMC_BOOT_0, a value that no table has.
+pub const UNKNOWN_GPU_BOOT_0: u32 = 0x1f00_00a1;
+
+/// Device id of the audio function of an RTX board; no document names one.
+pub const AUDIO_DEVICE: u16 = 0x22e8;
+
+/// Subsystem device id where no document names one.
+pub const OTHER_SUBSYSTEM_DEVICE: u16 = 0;
+
+/// Size of a Blackwell's BAR0 in MiB. Section 1.4 only says that it holds offset 0x2c01e00.
+pub const BLACKWELL_BAR0_MIB: u64 = 64;
+
+/// Sizes of the only BAR of the audio function and of the network card, in KiB; both are 32-bit and not prefetchable.
+pub const AUDIO_BAR0_KIB: u64 = 16;
+/// See [`AUDIO_BAR0_KIB`].
+pub const NIC_BAR0_KIB: u64 = 128;
+
+/// What the registers of the audio function and of the network card read as.
+pub const OTHER_FUNCTION_READ: u32 = 0;
+
+/// What BAR0 reads as while the BAR firewall is up (section 13, question 7);
+/// [`DeviceSpec::firewall_read`](crate::DeviceSpec) overrides it.
+pub const FIREWALL_READ: u32 = 0xffff_ffff;
+
+/// Bit 2 of the Blackwell status word says whether knob 10 is 2 (section 10.5);
+/// [`DeviceSpec::decoupler_in_status`](crate::DeviceSpec) overrides it.
+pub const DECOUPLER_IN_STATUS: bool = true;
+
+/// What the Blackwell recovery register reads as on a healthy device: 0 and 1 both mean healthy (section 1.6).
+pub const RECOVERY_NONE: u32 = 0;
+/// What it reads as in recovery: anything but 0 and 1 in its low byte.
+pub const RECOVERY_ACTIVE: u32 = 2;
+
+/// PMC_BOOT_0 after a security fault; 0xbad00200 is known as well (section 1.6). Every other register reads the same.
+pub const SECURITY_FAULT_BOOT_0: u32 = 0xbadf_0200;
+/// The security-fault word that `security-fault` without a word stands for: bit 30, device lockdown.
+pub const SECURITY_FAULT_WORD: u32 = 1 << 30;
+
+/// The C2C status register of parts with NVLink-C2C, once booted (section 12: 0x1498 is 0xff).
+pub const C2C_STATUS_UP: u32 = 0xff;
+
+/// Whether the MNOC credit bit is set while no request is under way.
+pub const MNOC_CREDIT_WHEN_IDLE: bool = true;
+/// What the MNOC data register reads as when no message waits.
+pub const MNOC_EMPTY_READ: u32 = 0;
+/// The longest message that MNOC port 0 takes, in bytes (section 4.2: its segmentation threshold).
+pub const MNOC_LARGEST_MESSAGE: u32 = 4160;
+/// The send-side error bit clears with the next reply (section 4.9).
+pub const MNOC_SEND_ERROR_CLEARS_WITH_NEXT_REPLY: bool = true;
+
+/// The reply that lies about with `fsp-stale-reply`: that to the read of a knob whose value is 1.
+pub const STALE_REPLY_VALUE: u32 = 1;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::kind::Transport;
 use crate::trace::{Space, Words};
 use crate::{DeviceSpec, Fault, Model, ModelKind};
 
@@ -13,9 +14,17 @@ pub(super) const Q_TAIL: u64 = 0x8f_2c04;
 pub(super) const M_HEAD: u64 = 0x8f_2c80;
 pub(super) const M_TAIL: u64 = 0x8f_2c84;
 
+/// The registers of the MNOC mailbox, port 0 (gpu-cc-protocol section 4.9).
+pub(super) const RECV_INFO: u64 = 0x8f_1f84;
+pub(super) const RECV_WDATA: u64 = 0x8f_1f88;
+pub(super) const SEND_INFO: u64 = 0x8f_1f04;
+pub(super) const SEND_RDATA: u64 = 0x8f_1f08;
+
 pub(super) const BOOT_0: u64 = 0;
 pub(super) const GPU_BOOT: u64 = 0x2_00bc;
 pub(super) const GPU_STATUS: u64 = 0x11_82cc;
+pub(super) const GB20X_BOOT: u64 = 0xad_00bc;
+pub(super) const BLACKWELL_STATUS: u64 = 0x590;
 
 /// A way to a device.
 pub(super) trait Bus {
@@ -82,11 +91,55 @@ pub(super) trait Bus {
         Some(reply)
     }
 
-    /// One exchange on channel 2, in the notation of section 6.4.
+    /// Whether the firmware is talked to by MNOC rather than by EMEM.
+    fn by_mnoc(&self) -> bool {
+        false
+    }
+
+    /// Waits for bits of a register for 50 ms.
+    fn wait_bits(&mut self, register: u64, bits: u32) -> bool {
+        (0..50).any(|_| {
+            let met = self.get(register) & bits == bits;
+            if !met {
+                self.wait(1);
+            }
+            met
+        })
+    }
+
+    /// Sends a message through the MNOC mailbox; false if it was never ready, or had no credit.
+    fn send_mnoc(&mut self, words: &[u32]) -> bool {
+        if !self.wait_bits(RECV_INFO, 1 << 24) {
+            return false;
+        }
+        self.put(RECV_INFO, 1 << 20 | u32::try_from(words.len() * 4).unwrap());
+        for (index, word) in words.iter().enumerate() {
+            if index % 16 == 0 && !self.wait_bits(RECV_INFO, 1 << 26) {
+                return false;
+            }
+            self.put(RECV_WDATA, *word);
+        }
+        true
+    }
+
+    /// Takes the next message from the MNOC mailbox; nothing if none came within 50 ms.
+    fn receive_mnoc(&mut self) -> Option<Vec<u32>> {
+        if !self.wait_bits(SEND_INFO, 1 << 24) {
+            return None;
+        }
+        let size = self.get(SEND_INFO) & 0xf_ffff;
+        Some((0..size.div_ceil(4)).map(|_| self.get(SEND_RDATA)).collect())
+    }
+
+    /// One exchange on channel 2 or by MNOC, in the notation of section 6.4.
     fn prc(&mut self, command: u32, value: Option<u32>) -> String {
         let request: Vec<u32> = [0xc000_0000, 0x1310_de7e, command].into_iter().chain(value).collect();
-        self.send(2, &request);
-        let reply = self.receive(2);
+        let reply = if self.by_mnoc() {
+            if self.send_mnoc(&request) { self.receive_mnoc() } else { None }
+        } else {
+            self.send(2, &request);
+            self.receive(2)
+        };
         Words(&request, reply.as_deref()).to_string()
     }
 
@@ -124,6 +177,11 @@ impl Bench {
         bench
     }
 
+    /// Booted, all defaults.
+    pub(super) fn of(kind: ModelKind) -> Bench {
+        Bench::ready(DeviceSpec::new("dev0", kind))
+    }
+
     /// Booted.
     pub(super) fn ready(spec: DeviceSpec) -> Bench {
         let mut bench = Bench::new(spec);
@@ -155,6 +213,10 @@ impl Bench {
 }
 
 impl Bus for Bench {
+    fn by_mnoc(&self) -> bool {
+        self.model.spec().model.chip().transport() == Some(Transport::Mnoc)
+    }
+
     fn read(&mut self, space: Space, offset: u64, data: &mut [u8]) {
         self.model.read(self.now, space, offset, data);
     }

@@ -3,7 +3,11 @@
 use proptest::prelude::{Just, Strategy, any, prop};
 use proptest::{prop_assert_eq, prop_oneof, proptest};
 
-use super::host::{BOOT_0, Bench, Bus, CONTROL, DATA, GPU_BOOT, GPU_STATUS, M_HEAD, M_TAIL, Q_HEAD, Q_TAIL};
+use super::host::{
+    BLACKWELL_STATUS, BOOT_0, Bench, Bus, CONTROL, DATA, GB20X_BOOT, GPU_BOOT, GPU_STATUS, M_HEAD, M_TAIL, Q_HEAD,
+    Q_TAIL, RECV_INFO, RECV_WDATA, SEND_INFO, SEND_RDATA,
+};
+use crate::fault::Part;
 use crate::model::StrayAccess;
 use crate::trace::Space;
 use crate::{DeviceSpec, Fault, Firmware, HostError, ModelKind, undecided};
@@ -244,6 +248,14 @@ fn offsets() -> impl Strategy<Value = u64> {
         DATA + 8,
         Q_HEAD + 8,
         Q_TAIL + 8,
+        GB20X_BOOT,
+        BLACKWELL_STATUS,
+        0xaf8,
+        0x2b8,
+        RECV_INFO,
+        RECV_WDATA,
+        SEND_INFO,
+        SEND_RDATA,
     ];
     prop_oneof![
         8 => prop::sample::select(known.to_vec()),
@@ -263,6 +275,17 @@ fn faults() -> impl Strategy<Value = Fault> {
         Fault::FspQueueStuck,
         Fault::PriErrorAfterReset(u64::MAX),
         Fault::ConfigAllOnes,
+        Fault::OffBus { part: Part::Both, after: 9 },
+        Fault::D3cold,
+        Fault::D3hotAtStart,
+        Fault::Recovery { blank: true },
+        Fault::SecurityFault(u32::MAX),
+        Fault::FirewallStuck,
+        Fault::FspStaleReply,
+        Fault::FspDuplicateReply,
+        Fault::PermissionKnobZero(None),
+        Fault::MnocCreditGap(u64::MAX),
+        Fault::MnocSendError,
     ])
 }
 
@@ -278,8 +301,20 @@ enum Step {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let pointers =
-        prop::sample::select(vec![0x400_u32, 0x7fc, 0x800, 0x808, 0x814, 0xbfc, 0xc00, 0x0300_0800, u32::MAX]);
+    let pointers = prop::sample::select(vec![
+        0x400_u32,
+        0x7fc,
+        0x800,
+        0x808,
+        0x814,
+        0xbfc,
+        0xc00,
+        0x0300_0800,
+        0x0010_0000,
+        0x0010_000c,
+        0x0010_0005,
+        u32::MAX,
+    ]);
     let step = prop_oneof![
         6 => (any::<bool>(), offsets(), 0..40_usize).prop_map(|(bar, at, width)| Step::Read(bar, at, width)),
         4 => (any::<bool>(), offsets(), prop::collection::vec(any::<u8>(), 0..40))
@@ -293,16 +328,24 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 0..200)
 }
 
+/// One model of each register map, its boot register, and the number of its knobs.
+const DRIVEN: [(ModelKind, u64, usize); 4] = [
+    (ModelKind::Ls10, 0x6_60bc, 8),
+    (ModelKind::H200, GPU_BOOT, 47),
+    (ModelKind::Gb300, GPU_BOOT, 45),
+    (ModelKind::RtxPro6000, GB20X_BOOT, 45),
+];
+
 proptest! {
     #[test]
-    fn no_sequence_of_accesses_breaks_a_device(steps in steps(), switch in any::<bool>()) {
-        let kind = if switch { ModelKind::Ls10 } else { ModelKind::H200 };
+    fn no_sequence_of_accesses_breaks_a_device(steps in steps(), kind in prop::sample::select(DRIVEN.map(|(kind, ..)| kind).to_vec())) {
         let mut bench = Bench::ready(DeviceSpec::new("dev0", kind));
         for step in steps {
             let space = |bar| if bar { Space::Bar0 } else { Space::Config };
             match step {
                 Step::Read(bar, at, width) => bench.read(space(bar), at, &mut vec![0; width]),
                 Step::Write(bar, at, data) => bench.write(space(bar), at, &data),
+                Step::Request(words) if bench.by_mnoc() => drop(bench.send_mnoc(&words)),
                 Step::Request(words) => bench.send(2, &words),
                 Step::Wait(ms) => bench.wait(ms),
                 Step::BusReset => {
@@ -317,9 +360,10 @@ proptest! {
         bench.model.clear_faults(bench.now);
         bench.model.power_on(bench.now);
         bench.enable_memory();
-        bench.wait(300);
-        prop_assert_eq!(bench.get(if switch { 0x6_60bc } else { GPU_BOOT }), 0xff);
+        bench.wait(400);
+        let (_, boot, knobs) = DRIVEN.into_iter().find(|(driven, ..)| *driven == kind).unwrap();
+        prop_assert_eq!(bench.get(boot), 0xff);
         prop_assert_eq!(bench.prc(0x0009_020c, None).contains("->"), true);
-        prop_assert_eq!(bench.status().knobs.len(), if switch { 8 } else { 47 });
+        prop_assert_eq!(bench.status().knobs.len(), knobs);
     }
 }
