@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::topology::{Place, Topology};
+use crate::topology::{Device, Place, Topology};
 use crate::wire::PORT_NAME;
 
 /// Everything that the command line depends on.
@@ -48,7 +48,9 @@ pub(crate) fn arguments(machine: &Machine<'_>) -> Vec<OsString> {
     // Nobody cleans up after a lab that was killed.
     add(&["-run-with", "exit-with-parent=on"]);
     // Without caching mode QEMU gives up while booting: it could not follow the guest's DMA mappings.
-    add(&["-device", "intel-iommu,intremap=on,caching-mode=on"]);
+    if topology.vm.iommu {
+        add(&["-device", "intel-iommu,intremap=on,caching-mode=on"]);
+    }
     // Native PCIe hotplug. With ACPI's, root ports never show an active link, and bus resets fail for it.
     add(&["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]);
 
@@ -84,7 +86,7 @@ pub(crate) fn arguments(machine: &Machine<'_>) -> Vec<OsString> {
                 bus
             }
             Place::Switch { name: switch } => {
-                let below = |other: &&crate::topology::Device| other.place == device.place;
+                let below = |other: &&Device| other.place == device.place;
                 let nth = topology.devices[..index].iter().filter(below).count();
                 let shared = topology.switches.iter().any(|known| known.name == *switch && known.shared_group);
                 // These ports have no access control (ACS): as functions of one slot all behind them are one group;
@@ -98,16 +100,27 @@ pub(crate) fn arguments(machine: &Machine<'_>) -> Vec<OsString> {
                 add(&["-device", &port("xio3130-downstream", &bus, &format!("up-{switch}"), &address)]);
                 bus
             }
+            Place::Function { of, .. } => match topology.devices.iter().find(|other| other.spec.name == *of) {
+                Some(Device { place: Place::Switch { .. }, .. }) => format!("dp-{of}"),
+                _ => format!("rp-{of}"),
+            },
         };
         // A reply later than x-msg-timeout costs the device for good, and the default is 5 s.
-        let device = json!({
+        let mut options = json!({
             "driver": "vfio-user-pci",
             "id": name,
             "bus": bus,
             "x-msg-timeout": 30000,
             "socket": { "type": "unix", "path": socket.to_string_lossy() },
         });
-        add(&["-device", &device.to_string()]);
+        if let Place::Function { number, .. } = device.place {
+            options["addr"] = format!("0.{number:x}").into();
+        } else if topology.devices.iter().any(|other| matches!(&other.place, Place::Function { of, .. } if of == name))
+        {
+            options["addr"] = "0.0".into();
+            options["multifunction"] = true.into();
+        }
+        add(&["-device", &options.to_string()]);
     }
 
     // Where there are several host bridges, QEMU may put a virtio device on one where it cannot be: hence the bus.
@@ -126,7 +139,8 @@ pub(crate) fn arguments(machine: &Machine<'_>) -> Vec<OsString> {
     arguments.push((*initrd).into());
     arguments.push("-append".into());
     let own = &topology.vm.command_line;
-    let line = format!("console=ttyS0 panic=-1 loglevel=4 intel_iommu=on {own} {append}");
+    let iommu = if topology.vm.iommu { "intel_iommu=on " } else { "" };
+    let line = format!("console=ttyS0 panic=-1 loglevel=4 {iommu}{own} {append}");
     arguments.push(line.trim_end().into());
     arguments
 }
@@ -334,6 +348,29 @@ mod tests {
                 ]
             );
         }
+    }
+
+    #[test]
+    fn functions_of_a_slot_sit_on_one_port() {
+        let words = line(
+            "[[device]]\nname = 'g'\nmodel = 'rtx-pro-6000'\n\
+             [[device]]\nname = 'a'\nmodel = 'rtx-pro-6000-audio'\nfunction_of = 'g'\n",
+        );
+        let found = devices(&words);
+        assert_eq!(found[0], "pcie-root-port,id=rp-g,bus=pcie.0,chassis=1,slot=1");
+        let [gpu, audio]: [Value; 2] = [found[1], found[2]].map(|word| serde_json::from_str(word).unwrap());
+        assert_eq!([&gpu["bus"], &gpu["addr"], &gpu["multifunction"]], [&json!("rp-g"), &json!("0.0"), &json!(true)]);
+        assert_eq!(
+            [&audio["bus"], &audio["addr"], &audio["multifunction"]],
+            [&json!("rp-g"), &json!("0.1"), &Value::Null]
+        );
+        assert_eq!(found.len(), 3);
+    }
+
+    #[test]
+    fn a_machine_can_be_without_an_iommu() {
+        let joined = line("[vm]\niommu = false\n").join(" ");
+        assert!(!joined.contains("iommu"), "{joined}");
     }
 
     #[test]

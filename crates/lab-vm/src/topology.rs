@@ -6,6 +6,7 @@
 //! cpus = 2
 //! kernel = "iommufd"        # or "no-group", "stock"
 //! command_line = ""         # added to the kernel's
+//! iommu = true              # false: the machine has no IOMMU
 //!
 //! [[switch]]                # a PCIe switch on a root port
 //! name = "plx0"
@@ -17,6 +18,11 @@
 //! model = "h100"
 //! switch = "plx0"           # optional: below this switch, else on a root port of its own
 //! numa = 0                  # optional, and only without a switch
+//!
+//! [[device]]
+//! name = "audio0"
+//! model = "rtx-pro-6000-audio"
+//! function_of = "gpu0"      # instead of switch and numa: another function of that device's slot
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,8 +39,19 @@ use toml::{Spanned, Table, Value};
 use crate::artifacts::Kernel;
 
 /// Topologies that come with the lab: name and text.
-const SHIPPED: [(&str, &str); 2] =
-    [("h100x2", include_str!("../topologies/h100x2.toml")), ("hgx-h100", include_str!("../topologies/hgx-h100.toml"))];
+const SHIPPED: [(&str, &str); 11] = [
+    ("acs-off", include_str!("../topologies/acs-off.toml")),
+    ("b200x8", include_str!("../topologies/b200x8.toml")),
+    ("gb200", include_str!("../topologies/gb200.toml")),
+    ("h100x2", include_str!("../topologies/h100x2.toml")),
+    ("h200x8-nvswitch", include_str!("../topologies/h200x8-nvswitch.toml")),
+    ("hgx-h100", include_str!("../topologies/hgx-h100.toml")),
+    ("lockdown", include_str!("../topologies/lockdown.toml")),
+    ("mixed", include_str!("../topologies/mixed.toml")),
+    ("no-iommu", include_str!("../topologies/no-iommu.toml")),
+    ("rtx-pro-6000", include_str!("../topologies/rtx-pro-6000.toml")),
+    ("stock-kernel", include_str!("../topologies/stock-kernel.toml")),
+];
 
 /// As many CPUs as the guest's kernel is built for.
 const MAX_CPUS: u32 = 8;
@@ -91,11 +108,13 @@ pub struct Vm {
     pub kernel: Kernel,
     /// Added to the kernel's command line.
     pub command_line: String,
+    /// Whether the machine has an IOMMU.
+    pub iommu: bool,
 }
 
 impl Default for Vm {
     fn default() -> Self {
-        Self { memory_mib: 1024, cpus: 2, kernel: Kernel::Iommufd, command_line: String::new() }
+        Self { memory_mib: 1024, cpus: 2, kernel: Kernel::Iommufd, command_line: String::new(), iommu: true }
     }
 }
 
@@ -125,6 +144,13 @@ pub enum Place {
     Switch {
         /// The switch's name.
         name: String,
+    },
+    /// In the slot of another device, as a further function: functions of a slot share one IOMMU group.
+    Function {
+        /// The name of the device that is function 0, which comes earlier in the topology.
+        of: String,
+        /// The function, from 1.
+        number: u8,
     },
 }
 
@@ -216,8 +242,11 @@ impl Topology {
         let mut placed = Vec::new();
         for device in devices {
             let span = device.span();
-            let device = read_device(device.into_inner(), &vm).and_then(|device| {
+            let device = read_device(device.into_inner(), &vm).and_then(|mut device| {
                 check_name(&device.spec.name, &mut names)?;
+                if let Place::Function { of, number } = &mut device.place {
+                    *number = next_function(&placed, of)?;
+                }
                 if let Place::Switch { name } = &device.place {
                     let shared = known.iter().find(|switch| switch.name == *name).map(|switch| switch.shared_group);
                     let (Some(shared), Some(count)) = (shared, below.get_mut(name)) else {
@@ -242,7 +271,7 @@ impl Topology {
     pub fn numa_nodes(&self) -> u32 {
         let devices = self.devices.iter().filter_map(|device| match device.place {
             Place::RootPort { numa } => numa,
-            Place::Switch { .. } => None,
+            Place::Switch { .. } | Place::Function { .. } => None,
         });
         self.switches.iter().filter_map(|switch| switch.numa).chain(devices).max().map_or(0, |highest| highest + 1)
     }
@@ -263,6 +292,23 @@ impl Topology {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// The number of the next function in the slot of device `of`.
+fn next_function(placed: &[Device], of: &str) -> Result<u8, String> {
+    match placed.iter().find(|device| device.spec.name == of) {
+        None => return Err(format!("function_of: there is no device {of} before this one")),
+        Some(Device { place: Place::Function { .. }, .. }) => {
+            return Err(format!("function_of: {of} is a further function itself"));
+        }
+        Some(_) => {}
+    }
+    let taken =
+        placed.iter().filter(|device| matches!(&device.place, Place::Function { of: other, .. } if other == of));
+    match u8::try_from(1 + taken.count()) {
+        Ok(number) if usize::from(number) < MAX_SHARED => Ok(number),
+        _ => Err(format!("function_of: the slot of {of} has no more than {MAX_SHARED} functions")),
     }
 }
 
@@ -304,11 +350,19 @@ fn read_device(mut table: Table, vm: &Vm) -> Result<Device, String> {
     let read = |table: &mut Table| {
         let numa: Option<u32> = take(table, "numa")?;
         let switch: Option<String> = take(table, "switch")?;
+        let function_of: Option<String> = take(table, "function_of")?;
         check_numa(numa, vm)?;
-        let place = match (switch, numa) {
-            (None, numa) => Place::RootPort { numa },
-            (Some(name), None) => Place::Switch { name },
-            (Some(_), Some(_)) => return Err("numa and switch exclude each other: give the switch the node".to_owned()),
+        let place = match (switch, numa, function_of) {
+            (None, numa, None) => Place::RootPort { numa },
+            (Some(name), None, None) => Place::Switch { name },
+            (Some(_), Some(_), None) => {
+                return Err("numa and switch exclude each other: give the switch the node".to_owned());
+            }
+            // The number is found when the others are known.
+            (None, None, Some(of)) => Place::Function { of, number: 0 },
+            (_, _, Some(_)) => {
+                return Err("function_of excludes numa and switch: it sits where that device sits".to_owned());
+            }
         };
         let table = std::mem::take(table);
         let spec: DeviceSpec =
@@ -336,15 +390,41 @@ mod tests {
         let switches = board.devices.iter().filter(|device| device.spec.model.is_switch()).count();
         assert_eq!((board.devices.len() - switches, switches, board.numa_nodes()), (8, 4, 2));
         assert!(board.devices.iter().all(|device| matches!(device.place, Place::RootPort { numa: Some(_) })));
+        for name in shipped() {
+            let topology = Topology::load(name).unwrap();
+            assert!(topology.devices.len() >= 2, "{name}");
+        }
+        assert!(shipped().is_sorted());
+    }
+
+    #[test]
+    fn functions_of_a_slot_are_counted() {
+        let device = |name: &str, more: &str| format!("[[device]]\nname = '{name}'\nmodel = 'nic'\n{more}\n");
+        let functions = |count: usize| -> String {
+            let more = (1..=count).map(|n| device(&format!("f{n}"), "function_of = 'a'"));
+            device("a", "") + &more.collect::<String>()
+        };
+        let topology = Topology::parse("t", &functions(7)).unwrap();
+        assert_eq!(topology.devices[7].place, Place::Function { of: "a".into(), number: 7 });
+        for (text, part) in [
+            (functions(8), "no more than 8 functions"),
+            (device("a", "function_of = 'a'"), "there is no device a before this one"),
+            (functions(1) + &device("b", "function_of = 'f1'"), "f1 is a further function itself"),
+            (functions(0) + &device("b", "function_of = 'a'\nnuma = 0"), "function_of excludes"),
+        ] {
+            let error = Topology::parse("t", &text).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
     }
 
     #[test]
     fn all_fields_arrive() {
-        let text = "[vm]\nmemory_mib = 512\ncpus = 4\nkernel = 'no-group'\ncommand_line = 'quiet'\n\
+        let text = "[vm]\nmemory_mib = 512\ncpus = 4\nkernel = 'no-group'\ncommand_line = 'quiet'\niommu = false\n\
                     [[switch]]\nname = 'plx'\nnuma = 1\nshared_group = true\n\
                     [[device]]\nname = 'a'\nmodel = 'h200'\nboot_ms = 7\nswitch = 'plx'\nknobs = { 8 = 1 }\n";
         let topology = Topology::parse("t", text).unwrap();
-        assert_eq!(topology.vm, Vm { memory_mib: 512, cpus: 4, kernel: Kernel::NoGroup, command_line: "quiet".into() });
+        let (kernel, command_line) = (Kernel::NoGroup, "quiet".into());
+        assert_eq!(topology.vm, Vm { memory_mib: 512, cpus: 4, kernel, command_line, iommu: false });
         assert_eq!(topology.switches, [Switch { name: "plx".into(), numa: Some(1), shared_group: true }]);
         assert_eq!(topology.devices[0].place, Place::Switch { name: "plx".into() });
         assert_eq!(topology.devices[0].spec.boot.as_millis(), 7);
@@ -409,7 +489,8 @@ mod tests {
     #[test]
     fn a_name_or_a_path_is_loaded() {
         let error = Topology::load("h100x3").unwrap_err().to_string();
-        assert_eq!(error, "No topology h100x3: there are h100x2, hgx-h100, and it is not a file either");
+        assert!(error.starts_with("No topology h100x3: there are acs-off, b200x8, gb200, h100x2, "), "{error}");
+        assert!(error.ends_with(", stock-kernel, and it is not a file either"), "{error}");
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("mine.toml");
         assert!(matches!(Topology::load(path.to_str().unwrap()), Err(TopologyError::Read { .. })));
@@ -421,7 +502,7 @@ mod tests {
 
     #[test]
     fn no_text_upsets_the_reader() {
-        let text = SHIPPED[1].1;
+        let (_, text) = SHIPPED.iter().find(|(name, _)| *name == "acs-off").unwrap();
         for cut in (0..text.len()).step_by(7) {
             let _ = Topology::parse("t", &text[..cut]);
             let _ = Topology::parse("t", &format!("{}\u{fe}= [{}", &text[..cut], &text[cut..]));
