@@ -1,0 +1,106 @@
+//! The road on kernels that offer VFIO otherwise: by groups only, and without groups.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, lab_is_here, registers_say};
+use lab::node::CC_MODE;
+use lab::{Boot, Node};
+use lab_devices::DeviceStatus;
+use lab_vm::Kernel;
+use nix::sys::signal::Signal;
+
+fn node_with(kernel: Kernel, mode: &str) -> Result<Option<Node>> {
+    if !lab_is_here()? {
+        return Ok(None);
+    }
+    let boot = Boot { kernel: Some(kernel), ..Boot::new("h100x2")? };
+    Node::start(boot, &[(CC_MODE, mode)]).map(Some)
+}
+
+fn cdi_file(node: &Node) -> Result<String> {
+    Ok(String::from_utf8(node.guest.get_file("/var/run/cdi/nvidia.com-pgpu.yaml")?)?)
+}
+
+/// Where the guest's kernel put a device: its IOMMU group.
+fn group(node: &Node, bdf: &str) -> Result<String> {
+    let link = format!("basename $(readlink /sys/bus/pci/devices/{bdf}/iommu_group)");
+    Ok(node.look(&["sh", "-c", &link])?.text().trim().to_owned())
+}
+
+/// Debian's own kernel: no iommufd, so that devices are handed over by their groups.
+#[test]
+fn a_kernel_without_iommufd_hands_over_groups() -> Result<()> {
+    let Some(mut node) = node_with(Kernel::Stock, "off")? else { return Ok(()) };
+    node.look(&["sh", "-c", "test ! -e /dev/iommu"])?;
+    node.start_all()?;
+    node.await_state("off", "false", CHANGE)?;
+    node.ask_for("on")?;
+    node.await_state("on", "true", CHANGE)?;
+    registers_say(&node, "on")?;
+    bound_to_vfio(&node)?;
+    node.await_allocatable(PGPU, 2, STEP)?;
+
+    // The shape of operator-contract section 7.7, to the letter.
+    let bdfs = gpu_bdfs(&node)?;
+    let device = |bdf: &String| -> Result<String> {
+        let nodes =
+            format!("            - path: /dev/vfio/vfio\n            - path: /dev/vfio/{}\n", group(&node, bdf)?);
+        Ok(format!("    - name: \"{bdf}\"\n      containerEdits:\n        deviceNodes:\n{nodes}"))
+    };
+    let devices = bdfs.iter().map(device).collect::<Result<String>>()?;
+    let expected = format!("---\ncdiVersion: 0.5.0\nkind: nvidia.com/pgpu\ndevices:\n{devices}");
+    assert_eq!(cdi_file(&node)?, expected);
+
+    node.create_pod("both", PGPU, 2)?;
+    node.await_pod("both", "Running", STEP)?;
+    let resolved = node.look_json(&["lab-kubelet", "resolve", "default/both"])?;
+    let mut plugged = BTreeSet::new();
+    for device in resolved["devices"].as_array().context("no devices")? {
+        let bdf = device["bdfs"][0].as_str().context("no BDF")?;
+        assert_eq!(device["nodes"], serde_json::json!([format!("/dev/vfio/{}", group(&node, bdf)?)]));
+        plugged.insert(bdf.to_owned());
+    }
+    assert_eq!(plugged, bdfs);
+    Ok(())
+}
+
+/// Without group files nothing can be owned without a reset: what can be bound is bound, and modes are not touched.
+#[test]
+fn a_kernel_without_group_files_has_devices_but_no_change_of_modes() -> Result<()> {
+    let Some(mut node) = node_with(Kernel::NoGroup, "on")? else { return Ok(()) };
+    let touched = |node: &Node| -> Result<Vec<(u64, u64)>> {
+        let counts = |DeviceStatus { rpcs, flrs, .. }| (rpcs, flrs);
+        node.gpus().iter().map(|name| node.device(name).map(counts)).collect()
+    };
+    node.start_kubelet()?;
+    node.start_vfio_manager()?;
+    // Nobody has said anything of the devices yet.
+    node.start_agent(&["device-plugin", "--cc-gate=off"], &[("POLL_INTERVAL", "1s")])?;
+    node.await_allocatable(PGPU, 2, STEP)?;
+    bound_to_vfio(&node)?;
+    ensure!(cdi_file(&node)?.contains("path: /dev/vfio/devices/vfio"), "{}", cdi_file(&node)?);
+
+    let before = touched(&node)?;
+    node.start_cc_manager()?;
+    node.await_state("failed", "", CHANGE)?;
+    let log = node.agent("cc-manager")?.log();
+    for bdf in gpu_bdfs(&node)? {
+        let named = log.iter().any(|(_, line)| line.contains("NoGroupFile") && line.contains(&bdf));
+        ensure!(named, "NoGroupFile is not said of {bdf}\n{}", node.logs());
+    }
+    assert_eq!(touched(&node)?, before, "requests and resets of each device");
+    registers_say(&node, "off")?;
+    // Its word counts whatever the gate: what is not in the wanted mode is not offered.
+    node.await_allocatable(PGPU, 0, STEP)?;
+
+    // With the gate of our chart nothing is ever offered, not even while the file is not there.
+    node.stop_agent("device-plugin", Signal::SIGTERM)?;
+    node.stop_agent("cc-manager", Signal::SIGTERM)?;
+    node.look(&["rm", "/run/nvidia/ccnode/devices.json"])?;
+    node.start_device_plugin()?;
+    node.agent("device-plugin")?.process.wait_output(STEP, |text| text.contains("cc-not-verified"))?;
+    node.agent("device-plugin")?.process.wait_output(STEP, |text| text.contains("\"registered\""))?;
+    node.await_allocatable(PGPU, 0, STEP)?;
+    Ok(())
+}
