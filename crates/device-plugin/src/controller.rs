@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent_core::hostfile::HostDir;
 use agent_core::metrics::Metrics;
 use agent_core::readiness::{Guard, Registry};
 use agent_core::shutdown::Shutdown;
@@ -63,6 +64,11 @@ pub async fn run(
     readiness: Registry,
     metrics: &Metrics,
 ) -> Result<(), ControllerError> {
+    // A folder that is not there cannot be watched, and cc-manager's first word would be heard a poll late. Where we may
+    // not make it, the poll is all there is.
+    if let Err(error) = HostDir::open(&config.places.state_dir) {
+        tracing::info!(reason = chain(&error), "The folder of devices.json is not there and cannot be made");
+    }
     let mut controller = Controller {
         state: FolderWatch::new(&config.places.state_dir),
         seen: None,
