@@ -42,7 +42,7 @@ pub struct HostArgs {
     /// Directory of the files and locks that the agents exchange.
     #[arg(long, env = "CCNODE_STATE_DIR", default_value = agent_core::state::STATE_DIR, value_name = "DIR")]
     pub state_dir: PathBuf,
-    /// Longest wait for another agent that works on a device, for its lock: 2m for bind, 8s for unbind, 1s a look for run.
+    /// Longest wait for another agent that works on a device, for its lock: 2m for bind, 5s for unbind, 1s a look for run.
     #[arg(long, env = "VFIO_LOCK_TIMEOUT", value_parser = agent_core::text::duration, value_name = "TIME")]
     pub lock_timeout: Option<Duration>,
     /// Longest wait for one write to a driver's bind or unbind file.

@@ -35,7 +35,7 @@ use crate::modalias::VfioAliases;
 const BIND_LOCK: Duration = Duration::from_mins(2);
 
 /// How long `unbind` does: it is a hook, and its pod has 30 s to end (operator-contract section 6.1).
-const UNBIND_LOCK: Duration = Duration::from_secs(8);
+const UNBIND_LOCK: Duration = Duration::from_secs(5);
 
 /// How long a look of the daemon does: another one follows.
 const LOOK_LOCK: Duration = Duration::from_secs(1);
