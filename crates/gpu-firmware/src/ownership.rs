@@ -400,11 +400,17 @@ mod tests {
     }
 
     #[test]
-    fn a_driverless_device_is_held_by_its_lock() {
-        let tree = Tree::new();
-        let gpu = tree.function("0000:41:00.0", None, Some(12));
-        let ownership = Ownership::take(&[gpu], &tree.places).unwrap();
-        assert_eq!(ownership.devices()[0].hold(), Hold::LockOnly);
+    fn a_driverless_device_is_held_by_its_lock_with_or_without_an_iommu() {
+        for group in [Some(12), None] {
+            let tree = Tree::new();
+            let gpu = tree.function("0000:41:00.0", None, group);
+            let ownership = Ownership::take(std::slice::from_ref(&gpu), &tree.places).unwrap();
+            assert_eq!(ownership.devices()[0].hold(), Hold::LockOnly);
+            // vfio-manager takes the lock before it binds, so it cannot bind now; whoever binds without it is noticed.
+            assert_eq!(DeviceLock::take(gpu.bdf, &tree.places).unwrap_err().code(), "LockHeld");
+            let _ = tree.sysfs.get(gpu.bdf).driver("vfio-pci");
+            assert_eq!(ownership.devices()[0].recheck().unwrap_err().code(), "OwnershipChanged");
+        }
     }
 
     #[test]
