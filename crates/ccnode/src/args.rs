@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -21,15 +22,58 @@ pub enum Command {
     /// Reads only: no device is opened, woken or reset, so this is safe while virtual machines run. What a model can do comes
     /// from its ids; whether a device is in CC mode now is not asked. Ends with 0 also when there is no GPU.
     Probe(ProbeArgs),
+    /// Tell what keeps this node from running confidential GPU pods, with the cure of each.
+    ///
+    /// Reads only, as `probe` does; besides, the kubelet is asked for a pod that does not exist. Ends with 0 when no check failed,
+    /// with 1 when one did, with 2 when the checks could not run.
+    Doctor(DoctorArgs),
+    /// Print the completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, in roff.
+    #[command(hide = true)]
+    Man,
 }
 
 /// Flags of `ccnode probe`.
 #[derive(Debug, clap::Args)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct ProbeArgs {
     /// Print JSON (schema 1, see docs/probe-json.md) instead of a table.
     #[arg(long, env = "CCNODE_JSON")]
     pub json: bool,
+    /// Print the same as YAML, whatever else is asked for.
+    #[arg(long, conflicts_with_all = ["watch", "nfd"])]
+    pub yaml: bool,
+    /// After that, print each change as it happens, until interrupted; with --json one object on a line.
+    #[arg(long, conflicts_with = "nfd")]
+    pub watch: bool,
+    /// With --watch: how often to look even if the kernel tells of no event (such as 500ms, 10s, 1m).
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = agent_core::text::duration)]
+    pub poll: Duration,
+    /// Write the facts as a feature file of Node Feature Discovery instead of printing them.
+    #[arg(long)]
+    pub nfd: bool,
+    /// With --nfd: the folder that Node Feature Discovery reads.
+    #[arg(long, value_name = "DIR", default_value = crate::nfd::FOLDER)]
+    pub nfd_dir: PathBuf,
     /// Read sys, proc and dev below this directory: a recorded tree, or a host's root mounted into a container.
+    #[arg(long, value_name = "DIR", env = "CCNODE_ROOT", default_value = "/")]
+    pub root: PathBuf,
+}
+
+/// Flags of `ccnode doctor`.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Print JSON (schema 1, see docs/doctor.md) instead of a table.
+    #[arg(long, env = "CCNODE_JSON")]
+    pub json: bool,
+    /// Print what this check is about, instead of running any.
+    #[arg(long, value_name = "CHECK")]
+    pub explain: Option<String>,
+    /// Read sys, proc, dev, etc and var below this directory: a recorded tree, or a host's root mounted into a container.
     #[arg(long, value_name = "DIR", env = "CCNODE_ROOT", default_value = "/")]
     pub root: PathBuf,
 }
@@ -47,9 +91,25 @@ mod tests {
 
     #[test]
     fn the_host_is_probed_by_default() {
-        let Args { command: Command::Probe(probe) } = Args::try_parse_from(["ccnode", "probe"]).unwrap();
-        assert_eq!((probe.json, probe.root), (false, PathBuf::from("/")));
-        assert!(Args::try_parse_from(["ccnode"]).is_err());
-        assert!(Args::try_parse_from(["ccnode", "probe", "--jsn"]).is_err());
+        let Args { command: Command::Probe(probe) } = Args::try_parse_from(["ccnode", "probe"]).unwrap() else {
+            panic!("another command");
+        };
+        assert_eq!((probe.json, probe.yaml, probe.watch, probe.nfd), (false, false, false, false));
+        assert_eq!((probe.root, probe.poll), (PathBuf::from("/"), Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for line in [
+            &["ccnode"][..],
+            &["ccnode", "probe", "--jsn"],
+            &["ccnode", "probe", "--nfd", "--yaml"],
+            &["ccnode", "probe", "--yaml", "--watch"],
+            &["ccnode", "probe", "--nfd", "--watch"],
+            &["ccnode", "probe", "--poll", "soon"],
+            &["ccnode", "completions", "cmd.exe"],
+        ] {
+            assert!(Args::try_parse_from(line).is_err(), "{line:?}");
+        }
     }
 }

@@ -6,26 +6,56 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod checks;
+pub mod doctor;
+mod generate;
+pub mod nfd;
+pub mod node;
+pub mod pod_resources;
 pub mod probe;
+pub mod report;
 mod table;
+pub mod watch;
 
 use std::io::{self, Write};
 
 use args::{Args, Command};
 
-/// Runs one command; its answer goes to `out`, warnings go to `notes`.
-pub fn run(args: &Args, out: &mut impl Write, notes: &mut impl Write) -> anyhow::Result<()> {
+/// The command did what it was asked, and nothing failed.
+pub const SUCCESS: u8 = 0;
+
+/// The command could not be carried out; of `doctor`: a check failed.
+pub const FAILED: u8 = 1;
+
+/// Of `doctor`: the checks could not run. Wrong command lines end with this, too.
+pub const COULD_NOT_RUN: u8 = 2;
+
+/// Runs one command; its answer goes to `out`, in colour if wanted, warnings and errors go to `notes`. Returns the exit code.
+pub fn run(args: &Args, out: &mut impl Write, notes: &mut impl Write, colour: bool) -> u8 {
     let Args { command } = args;
-    let result = match command {
-        Command::Probe(args) => probe::run(args, out, notes),
+    let (result, otherwise) = match command {
+        Command::Probe(args) => (probe::run(args, out, notes).map(|()| SUCCESS), FAILED),
+        Command::Doctor(args) => (doctor::run(args, out, colour), COULD_NOT_RUN),
+        Command::Completions { shell } => (generate::completions(*shell, out).map(|()| SUCCESS), FAILED),
+        Command::Man => (generate::man(out).map(|()| SUCCESS), FAILED),
     };
     match result {
+        Ok(code) => code,
         // Whoever reads the answer may stop early: `ccnode probe | head -1`.
-        Err(error) if is_broken_pipe(&error) => Ok(()),
-        result => result,
+        Err(error) if is_broken_pipe(&error) => SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell when this fails, too.
+            let _ = writeln!(notes, "ccnode: {error:#}");
+            otherwise
+        }
     }
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// A file of a strange tree could hold what a terminal obeys.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

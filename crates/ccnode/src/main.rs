@@ -1,17 +1,14 @@
 //! Command line for people: what a node is, and why it is not ready.
 
-use std::io;
+use std::env;
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
 
 fn main() -> ExitCode {
     let args = ccnode::args::Args::parse();
-    match ccnode::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("ccnode: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let out = io::stdout();
+    let colour = out.is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    ccnode::run(&args, &mut out.lock(), &mut io::stderr().lock(), colour).into()
 }

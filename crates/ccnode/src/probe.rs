@@ -2,116 +2,55 @@
 
 use std::fmt::Write as _;
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::{Context as _, ensure};
-use hw_probe::config::{Liveness, liveness};
-use hw_probe::{
-    Bdf, CcEnable, DeviceKind, FormFactor, HostFacts, Inventory, IommuState, Lockdown, NVIDIA, PciFunction, Problem,
-    SysRoot, Tee, pci_ids_name,
-};
-use serde::Serialize;
+use hw_probe::{CcEnable, DeviceKind, Fault, HostFacts, IommuState, Lockdown, PciFunction, Problem, SysRoot, Tee};
 
 use crate::args::ProbeArgs;
-use crate::table;
+use crate::report::{Blocker, Device, Report};
+use crate::{nfd, printable, table, watch};
 
-/// What `--json` prints. Within a schema number fields are only added; a field that changes its meaning or goes away makes a
-/// new number.
-#[derive(Debug, Serialize)]
-pub struct Report {
-    /// Schema of this document.
-    pub schema: u32,
-    /// The host.
-    pub host: HostFacts,
-    /// Every NVIDIA function, by address.
-    pub devices: Vec<Device>,
-    /// What could not be read, of whatever function.
-    pub problems: Vec<Problem>,
-}
-
-/// An NVIDIA function.
-#[derive(Debug, Serialize)]
-pub struct Device {
-    /// What sysfs and the device table say.
-    #[serde(flatten)]
-    pub function: PciFunction,
-    /// The PCI ID repository's text for its device id.
-    pub pci_ids_name: Option<&'static str>,
-    /// What its configuration space answers now; none when it cannot be read.
-    pub liveness: Option<Liveness>,
-    /// All functions of its IOMMU group, itself included.
-    pub group_members: Vec<Bdf>,
-    /// Those of them whose driver keeps VFIO from taking the group, other than itself.
-    pub group_blockers: Vec<Blocker>,
-}
-
-/// A function that keeps VFIO from taking an IOMMU group.
-#[derive(Debug, Serialize)]
-pub struct Blocker {
-    /// The function.
-    pub bdf: Bdf,
-    /// Its driver.
-    pub driver: String,
-}
-
-impl Report {
-    /// The schema number of this version.
-    pub const SCHEMA: u32 = 1;
-
-    /// Scans the node.
-    pub fn read(root: &SysRoot) -> Self {
-        let inventory = Inventory::scan(root);
-        let mut problems = inventory.problems.clone();
-        let nvidia = inventory.functions.iter().filter(|function| function.vendor == NVIDIA);
-        let devices = nvidia.map(|function| Device::read(root, &inventory, function, &mut problems)).collect();
-        Self { schema: Self::SCHEMA, host: inventory.host, devices, problems }
-    }
-}
-
-impl Device {
-    fn read(root: &SysRoot, inventory: &Inventory, function: &PciFunction, problems: &mut Vec<Problem>) -> Self {
-        let bdf = function.bdf;
-        let group = function.iommu_group;
-        let answer = liveness(root, bdf).map_err(|error| {
-            let cause = std::error::Error::source(&error)
-                .map_or_else(|| "Is too short".into(), |cause| format!("Cannot be read: {cause}"));
-            problems.push(Problem {
-                bdf: Some(bdf),
-                path: format!("sys/bus/pci/devices/{bdf}/config"),
-                message: cause,
-            });
-        });
-        let blocker =
-            |blocker: &PciFunction| Blocker { bdf: blocker.bdf, driver: blocker.driver.clone().unwrap_or_default() };
-        Self {
-            pci_ids_name: pci_ids_name(function.vendor, function.device),
-            liveness: answer.ok(),
-            group_members: group
-                .map_or_else(Vec::new, |group| inventory.group_members(group).map(|member| member.bdf).collect()),
-            group_blockers: group.map_or_else(Vec::new, |group| {
-                inventory.group_blockers(group).filter(|member| member.bdf != bdf).map(blocker).collect()
-            }),
-            function: function.clone(),
-        }
-    }
-}
-
-/// Runs the command.
-pub fn run(args: &ProbeArgs, out: &mut impl Write, notes: &mut impl Write) -> anyhow::Result<()> {
-    let ProbeArgs { json, root } = args;
+/// The tree at `root`, if there is one.
+pub(crate) fn tree(root: &Path) -> anyhow::Result<SysRoot> {
     ensure!(
         root.join("sys").is_dir(),
         "{}: There is no directory sys in it; --root takes the root directory of a node or of a recorded tree",
         root.display()
     );
-    let report = Report::read(&SysRoot::at(root));
-    if *json {
-        let mut text = serde_json::to_string_pretty(&report).context("The report cannot be put into JSON")?;
-        text.push('\n');
-        out.write_all(text.as_bytes())?;
+    Ok(SysRoot::at(root))
+}
+
+/// Runs the command.
+pub fn run(args: &ProbeArgs, out: &mut impl Write, notes: &mut impl Write) -> anyhow::Result<()> {
+    let ProbeArgs { json, yaml, watch, poll, nfd, nfd_dir, root } = args;
+    let root = tree(root)?;
+    // Listening starts before the first report, so that nothing falls in between.
+    let follow = watch.then(|| watch::Follow::new(&root, *poll));
+    let report = Report::read(&root);
+    if *nfd {
+        let path = nfd::write(&report, nfd_dir)?;
+        writeln!(out, "{}", path.display())?;
+        return Ok(());
+    }
+    if *yaml {
+        out.write_all(serde_saphyr::to_string(&report).context("The report cannot be put into YAML")?.as_bytes())?;
+    } else if *json {
+        let text = if *watch { serde_json::to_string(&report) } else { serde_json::to_string_pretty(&report) };
+        writeln!(out, "{}", text.context("The report cannot be put into JSON")?)?;
     } else {
         out.write_all(human(&report).as_bytes())?;
         for problem in &report.problems {
             writeln!(notes, "warning: {}", line(problem))?;
+        }
+    }
+    if let Some(mut follow) = follow {
+        if let Some(trouble) = follow.trouble() {
+            writeln!(notes, "warning: The kernel's events cannot be heard, only the poll finds changes: {trouble}")?;
+        }
+        out.flush()?;
+        loop {
+            follow.turn(out, *json)?;
         }
     }
     Ok(())
@@ -123,14 +62,14 @@ fn line(problem: &Problem) -> String {
         Some(bdf) => format!("{bdf}: {path}: {message}"),
         None => format!("{path}: {message}"),
     };
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    printable(&text)
 }
 
 /// The report for people.
 fn human(report: &Report) -> String {
     let mut text = host(&report.host);
     if report.devices.is_empty() {
-        text.push_str("No NVIDIA device on this node\n");
+        text.push_str("No NVIDIA device on this node; cargo lab demo shows ccnode on virtual ones\n");
     } else {
         let heads = ["BDF", "PRODUCT", "KIND", "DRIVER", "GROUP", "VFIO", "NUMA", "POWER", "CC", "PPCIE"];
         let mut rows = vec![heads.map(str::to_owned)];
@@ -173,7 +112,7 @@ fn row(device: &Device) -> [String; 10] {
     let [cc, ppcie] = capability(function);
     [
         function.bdf.to_string(),
-        product(function),
+        device.product(),
         kind(function),
         function.driver.clone().unwrap_or_else(|| "-".into()),
         number(function.iommu_group),
@@ -183,15 +122,6 @@ fn row(device: &Device) -> [String; 10] {
         cc.into(),
         ppcie.into(),
     ]
-}
-
-fn product(function: &PciFunction) -> String {
-    let name = function.name.clone().unwrap_or_else(|| format!("{:04x}:{:04x}", function.vendor, function.device));
-    match function.model.as_ref().and_then(|model| model.form_factor) {
-        Some(FormFactor::Pcie) => name + " PCIe",
-        Some(FormFactor::Sxm) => name + " SXM",
-        None => name,
-    }
 }
 
 fn kind(function: &PciFunction) -> String {
@@ -252,18 +182,11 @@ fn remarks(report: &Report) -> Vec<String> {
     }
     for device in &report.devices {
         let bdf = device.function.bdf;
-        match device.liveness {
-            Some(Liveness::Silent) => remarks.push(format!(
-                "{bdf}: Configuration space reads all ones: the device is off the bus; what else is shown is the kernel's memory of it"
-            )),
-            Some(Liveness::Other(0x0001)) => {
-                remarks.push(format!("{bdf}: The device is not ready yet after a reset"));
+        for fault in &device.faults {
+            // That it cannot be read is among the problems.
+            if !matches!(fault, Fault::ConfigUnreadable { .. }) {
+                remarks.push(format!("{bdf}: {fault}"));
             }
-            Some(Liveness::Other(vendor)) => remarks.push(format!(
-                "{bdf}: Configuration space answers vendor id {vendor:#06x} instead of {:#06x}",
-                device.function.vendor
-            )),
-            Some(Liveness::Answers | Liveness::Asleep) | None => {}
         }
         if let Some(group) = device.function.iommu_group {
             for Blocker { bdf: member, driver } in &device.group_blockers {

@@ -1,18 +1,28 @@
 //! What `ccnode probe` prints, over fake trees and the generated one that is kept with the sources.
 
+#![allow(clippy::unwrap_used, reason = "what a test cannot set up, it fails by")]
+
 use std::path::{Path, PathBuf};
 
-use ccnode::args::{Args, Command, ProbeArgs};
+use ccnode::args::Args;
+use clap::Parser as _;
 use hw_probe::testing::FakeSysfs;
 use hw_probe::{Lockdown, Tee};
 use serde_json::{Value, json};
 
-/// Standard output and standard error.
-fn probe(root: &Path, json: bool) -> anyhow::Result<(String, String)> {
-    let args = Args { command: Command::Probe(ProbeArgs { json, root: root.to_owned() }) };
+/// Standard output and standard error of a command line that ends with 0; else standard error.
+fn run(line: &[&str]) -> Result<(String, String), String> {
+    let args = Args::try_parse_from([&["ccnode"], line].concat()).unwrap();
     let (mut out, mut notes) = (Vec::new(), Vec::new());
-    ccnode::run(&args, &mut out, &mut notes)?;
-    Ok((String::from_utf8(out)?, String::from_utf8(notes)?))
+    let code = ccnode::run(&args, &mut out, &mut notes, false);
+    let notes = String::from_utf8(notes).unwrap();
+    if code == ccnode::SUCCESS { Ok((String::from_utf8(out).unwrap(), notes)) } else { Err(notes) }
+}
+
+fn probe(root: &Path, json: bool) -> Result<(String, String), String> {
+    let root = root.to_str().unwrap();
+    let line = ["probe", "--root", root, "--json"];
+    run(if json { &line } else { &line[..3] })
 }
 
 fn hgx() -> PathBuf {
@@ -96,6 +106,11 @@ fn every_field_of_the_json_is_documented() {
     fake.hgx_h100();
     fake.gpu("0000:01:00.0", 0x2901).group(40).attr("modalias", [0xff]);
     fake.function("0000:01:00.1", 0x10de, 0x22e8, 0x04_0300).group(40).driver("snd_hda_intel");
+    fake.gpu("0000:e2:00.0", 0x9999).patch_config(0, &[0x86, 0x80]);
+    fake.gpu("0000:e3:00.0", 0x2330).patch_config(0x2b4, &[1]);
+    fake.gpu("0000:e4:00.0", 0x2330).remove_attr("config");
+    fake.process(7, "qemu", "0::/\n", &["/dev/vfio/3"]);
+    fake.file("var/run/cdi/a.yaml", "x");
     let (out, _) = probe(fake.path(), true).unwrap();
     let mut found = Vec::new();
     keys(&serde_json::from_str(&out).unwrap(), &mut found);
@@ -113,7 +128,7 @@ fn a_node_without_gpus_says_so() {
     fake.function("0000:00:1f.0", 0x8086, 0x7a04, 0x06_0100);
     let (out, notes) = probe(fake.path(), false).unwrap();
     let expected = "Host: kernel 6.12.0-fake, TEE none, lockdown none, IOMMU off, /dev/iommu present, /dev/vfio/vfio present\n\
-                    No NVIDIA device on this node\n";
+                    No NVIDIA device on this node; cargo lab demo shows ccnode on virtual ones\n";
     assert_eq!((out.as_str(), notes.as_str()), (expected, ""));
     let (out, _) = probe(fake.path(), true).unwrap();
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["devices"], json!([]));
@@ -123,8 +138,11 @@ fn a_node_without_gpus_says_so() {
 fn a_root_without_sys_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     for json in [false, true] {
-        let error = format!("{:#}", probe(dir.path(), json).unwrap_err());
-        assert!(error.starts_with(&format!("{}: There is no directory sys in it", dir.path().display())), "{error}");
+        let error = probe(dir.path(), json).unwrap_err();
+        assert!(
+            error.starts_with(&format!("ccnode: {}: There is no directory sys in it", dir.path().display())),
+            "{error}"
+        );
     }
 }
 
@@ -165,5 +183,41 @@ impl Audio for hw_probe::testing::FakeFunction<'_> {
     fn consumer_of_audio(self, fake: &FakeSysfs) {
         fake.function("0000:01:00.1", 0x10de, 0x22e8, 0x04_0300).group(4).driver("snd_hda_intel");
         self.consumer("0000:01:00.1");
+    }
+}
+
+#[test]
+fn yaml_says_what_json_says() {
+    let fake = FakeSysfs::new();
+    fake.hgx_h100();
+    let (json, _) = probe(fake.path(), true).unwrap();
+    let (yaml, _) = run(&["probe", "--yaml", "--root", fake.path().to_str().unwrap()]).unwrap();
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(serde_saphyr::from_str::<Value>(&yaml).unwrap(), json);
+}
+
+#[test]
+fn a_feature_file_is_written_where_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = hgx();
+    let line = ["probe", "--nfd", "--nfd-dir", folder.path().to_str().unwrap(), "--root", root.to_str().unwrap()];
+    let (out, notes) = run(&line).unwrap();
+    let path = folder.path().join("ccnode");
+    assert_eq!((out, notes), (format!("{}\n", path.display()), String::new()));
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.contains("ccnode.dev/gpu.product=H100-SXM\n"), "{text}");
+    let error = run(&["probe", "--nfd", "--nfd-dir", "relative", "--root", root.to_str().unwrap()]).unwrap_err();
+    assert!(error.starts_with("ccnode: The folder of feature files cannot be used"), "{error}");
+}
+
+#[test]
+fn completions_and_the_manual_name_every_command() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let (script, _) = run(&["completions", shell]).unwrap();
+        assert!(script.contains("probe") && script.contains("doctor") && script.contains("explain"), "{shell}");
+    }
+    let (page, _) = run(&["man"]).unwrap();
+    for word in [".TH ccnode", "ccnode\\-probe", "ccnode\\-doctor", "\\-\\-explain", "\\-\\-watch"] {
+        assert!(page.contains(word), "{word}: {page}");
     }
 }

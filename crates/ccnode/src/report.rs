@@ -1,0 +1,131 @@
+//! All that is known of a node, as `--json` shows it and `doctor` judges it.
+
+use hw_probe::acs::{Port, path_of};
+use hw_probe::config::Liveness;
+use hw_probe::{
+    Bdf, Condition, Fault, Holders, HostDetails, HostFacts, Inventory, NVIDIA, PciFunction, Problem, SysRoot, holders,
+    pci_ids_name,
+};
+use serde::Serialize;
+
+use crate::node::NodeFiles;
+
+/// What `ccnode probe --json` prints. Within a schema number fields are only added; a field that changes its meaning or goes
+/// away makes a new number.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Schema of this document.
+    pub schema: u32,
+    /// The host.
+    pub host: HostFacts,
+    /// The evidence about the host.
+    pub host_details: HostDetails,
+    /// Who holds VFIO and NVIDIA device nodes.
+    pub holders: Holders,
+    /// What the files of kubelet, containerd and CDI say.
+    pub node: NodeFiles,
+    /// Every NVIDIA function, by address.
+    pub devices: Vec<Device>,
+    /// What could not be read, of whatever function.
+    pub problems: Vec<Problem>,
+}
+
+/// An NVIDIA function.
+#[derive(Debug, Serialize)]
+pub struct Device {
+    /// What sysfs and the device table say.
+    #[serde(flatten)]
+    pub function: PciFunction,
+    /// The PCI ID repository's text for its device id.
+    pub pci_ids_name: Option<&'static str>,
+    /// What its configuration space answers now; none when it cannot be read.
+    pub liveness: Option<Liveness>,
+    /// What keeps it from being used.
+    pub faults: Vec<Fault>,
+    /// The ports above it, nearest first.
+    pub ports: Vec<Port>,
+    /// All functions of its IOMMU group, itself included.
+    pub group_members: Vec<Bdf>,
+    /// Those of them whose driver keeps VFIO from taking the group, other than itself.
+    pub group_blockers: Vec<Blocker>,
+    /// Those of them that are neither bridges nor functions of the same card.
+    pub group_strangers: Vec<Bdf>,
+}
+
+/// A function that keeps VFIO from taking an IOMMU group.
+#[derive(Debug, Serialize)]
+pub struct Blocker {
+    /// The function.
+    pub bdf: Bdf,
+    /// Its driver.
+    pub driver: String,
+}
+
+impl Report {
+    /// The schema number of this version.
+    pub const SCHEMA: u32 = 1;
+
+    /// Scans the node.
+    pub fn read(root: &SysRoot) -> Self {
+        let inventory = Inventory::scan(root);
+        let host_details = HostDetails::read(root, &inventory);
+        let mut problems = inventory.problems.clone();
+        let nvidia = inventory.functions.iter().filter(|function| function.vendor == NVIDIA);
+        let devices = nvidia.map(|function| Device::read(root, &inventory, function, &mut problems)).collect();
+        let (holders, node) = (holders(root), NodeFiles::read(root));
+        Self { schema: Self::SCHEMA, host: inventory.host, host_details, holders, node, devices, problems }
+    }
+
+    /// The GPUs; virtual functions are none.
+    pub fn gpus(&self) -> impl Iterator<Item = &Device> {
+        self.devices.iter().filter(|device| device.function.is_gpu() && !device.function.is_virtual_function)
+    }
+
+    /// The GPUs and NVSwitches.
+    pub fn parts(&self) -> impl Iterator<Item = &Device> {
+        let whole = |device: &&Device| !device.function.is_virtual_function;
+        self.devices.iter().filter(whole).filter(|device| device.function.is_gpu() || device.function.is_nvswitch())
+    }
+}
+
+impl Device {
+    fn read(root: &SysRoot, inventory: &Inventory, function: &PciFunction, problems: &mut Vec<Problem>) -> Self {
+        let bdf = function.bdf;
+        let members: Vec<&PciFunction> =
+            function.iommu_group.map_or_else(Vec::new, |group| inventory.group_members(group).collect());
+        let blockers = function.iommu_group.map_or_else(Vec::new, |group| {
+            let others = inventory.group_blockers(group).filter(|member| member.bdf != bdf);
+            others.map(|other| Blocker { bdf: other.bdf, driver: other.driver.clone().unwrap_or_default() }).collect()
+        });
+        let slot = |bdf: Bdf| Bdf { function: 0, ..bdf };
+        let stranger = |member: &&&PciFunction| slot(member.bdf) != slot(bdf) && member.class >> 8 != 0x0604;
+        let Condition { liveness, faults } = Condition::read(root, function);
+        for fault in &faults {
+            if let Fault::ConfigUnreadable { cause } = fault {
+                let path = format!("sys/bus/pci/devices/{bdf}/config");
+                problems.push(Problem { bdf: Some(bdf), path, message: format!("Cannot be read: {cause}") });
+            }
+        }
+        Self {
+            pci_ids_name: pci_ids_name(function.vendor, function.device),
+            liveness,
+            faults,
+            ports: path_of(root, function),
+            group_members: members.iter().map(|member| member.bdf).collect(),
+            group_blockers: blockers,
+            group_strangers: members.iter().filter(stranger).map(|member| member.bdf).collect(),
+            function: function.clone(),
+        }
+    }
+
+    /// Product name with the board's form, for people.
+    pub fn product(&self) -> String {
+        let PciFunction { name, vendor, device, model, .. } = &self.function;
+        let name = name.clone().unwrap_or_else(|| format!("{vendor:04x}:{device:04x}"));
+        match model.as_ref().and_then(|model| model.form_factor) {
+            Some(hw_probe::FormFactor::Pcie) => name + " PCIe",
+            Some(hw_probe::FormFactor::Sxm) => name + " SXM",
+            None => name,
+        }
+    }
+}
