@@ -1,0 +1,189 @@
+//! Every fault of the virtual devices, as a process in the guest sees it through the kernel.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{STEP, lab_is_here};
+use lab::Boot;
+use lab_devices::Fault;
+use lab_devices::fault::FORMS;
+use lab_vm::Guest;
+
+/// Registers, config space, resets and firmware messages, from a shell.
+const TOOLS: &str = r#"
+dev=/sys/bus/pci/devices/$1
+bar=$(head -n1 $dev/resource | cut -d' ' -f1)
+r() { devmem $((bar + $1)) 32; }
+w() { devmem $((bar + $1)) 32 $(($2)); }
+# A dword of config space.
+c() { dd if=$dev/config bs=4 skip=$(($1 / 4)) count=1 2>/dev/null | hexdump -e '1/4 "%08x\n"'; }
+memory_on() { printf '\006' | dd of=$dev/config bs=1 seek=4 count=1 conv=notrunc 2>/dev/null; }
+reset() { echo 1 > $dev/reset; memory_on; sleep 0.1; }
+# Waits for bits of a register.
+await() {
+    n=0
+    while [ $(($(r $1) & $2)) = 0 ]; do
+        n=$((n + 1)); [ $n -gt 6 ] && return 1
+        sleep 0.01
+    done
+}
+# The mailbox of gpu-cc-protocol section 4.9: takes a message.
+take() {
+    await 0x8f1f04 0x1000000 || { echo none; return; }
+    n=$(($(r 0x8f1f04) & 0xfffff)); words=
+    while [ $n -gt 0 ]; do words="$words $(r 0x8f1f08)"; n=$((n - 4)); done
+    # A value is in the low half of the sixth dword.
+    set -- $words
+    [ $# -lt 6 ] || [ -n "$whole" ] || words="$1 $2 $3 $4 $5 $(($6 & 0xffff))"
+    echo $words
+}
+# Sends a request of these dwords.
+send() {
+    await 0x8f1f84 0x1000000 || { echo not ready; return 1; }
+    w 0x8f1f84 $((0x100000 + 4 * ($# + 2)))
+    await 0x8f1f84 0x4000000 || { echo no credit; return 1; }
+    for word in 0xC0000000 0x1310DE7E "$@"; do w 0x8f1f88 $word; done
+}
+rpc() { send "$@" && take; }
+memory_on
+"#;
+
+/// A device of the topology, a fault, what to do, and what that prints when the device is well and when it has the fault.
+type Case = (&'static str, &'static str, &'static str, &'static str, &'static str);
+
+/// A GH100.
+const HOPPER: &str = "gpu0";
+/// A GB202.
+const BLACKWELL: &str = "gpu1";
+
+const READ_8: &str = "rpc 0x0008020C";
+const IS_0: &str = "0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000 0";
+const BOOT_REGISTER: &str = "reset; r 0xad00bc";
+const BOOTED: &str = "0x000000FF";
+const ONES: &str = "0xFFFFFFFF";
+/// Begins an exchange on EMEM channel 2, first after a reset, and looks at the pointers of the reply twice.
+const EMEM_POINTERS: &str = "reset; w 0x8f2ad0 0x03000800
+    for word in 0xC0000000 0x1310DE7E 0x0008020C; do w 0x8f2ad4 $word; done
+    w 0x8f2c14 0x808; w 0x8f2c10 0x800; sleep 0.02
+    echo $(r 0x8f2c90) $(r 0x8f2c94) $(r 0x8f2c90); w 0x8f2c94 0x800";
+
+const CASES: [Case; 33] = [
+    (HOPPER, "bar-all-ones", "r 0", "0x180000A1", ONES),
+    (HOPPER, "config-all-ones", "c 0", "233010de", "ffffffff"),
+    (HOPPER, "off-bus:both", "r 0; c 0", "0x180000A1 233010de", "0xFFFFFFFF ffffffff"),
+    (HOPPER, "off-bus:bar0:1", "r 0; r 0; c 0", "0x180000A1 0x180000A1 233010de", "0x180000A1 0xFFFFFFFF 233010de"),
+    (HOPPER, "d3cold", "r 0; c 0", "0x180000A1 233010de", "0xFFFFFFFF ffffffff"),
+    (HOPPER, "recovery", "r 0x20120; r 0x200bc", "0x00000000 0x000000FF", "0x40000000 0x00000000"),
+    (HOPPER, "recovery:blank", "r 0", "0x180000A1", "0x00000000"),
+    (HOPPER, "security-fault:0x40001000", "r 0; c 0x2b4", "0x180000A1 00000000", "0xBADF0200 40001000"),
+    (HOPPER, "no-flr", "c 0x64", "112c8021", "012c8021"),
+    (
+        HOPPER,
+        "fsp-split-pointers",
+        EMEM_POINTERS,
+        "0x00000800 0x00000814 0x00000800",
+        "0x00000000 0x00000814 0x00000800",
+    ),
+    (
+        HOPPER,
+        "d3hot-at-start",
+        "echo bus > $dev/reset_method; reset; c 0x44; echo default > $dev/reset_method; printf '\\000' | dd of=$dev/config bs=1 seek=68 conv=notrunc 2>/dev/null",
+        "00000008",
+        "0000000b",
+    ),
+    (BLACKWELL, "boot-never-completes", BOOT_REGISTER, BOOTED, "0x00000000"),
+    (BLACKWELL, "boot-slow:60000", BOOT_REGISTER, BOOTED, "0x00000000"),
+    (BLACKWELL, "pri-error-after-reset:60000", BOOT_REGISTER, BOOTED, "0xBADF0000"),
+    (BLACKWELL, "firewall-stuck", "reset; r 0; c 0x2b8", "0x1B2000A1 00000000", "0xFFFFFFFF 01000000"),
+    (BLACKWELL, "effective-state-2", "reset; r 0x590", "0x00000000", "0x00000002"),
+    (
+        BLACKWELL,
+        "mode-unchanged-after-reset",
+        "rpc 0x0008020D 1 >/dev/null; reset; r 0x590; rpc 0x0008020D 0 >/dev/null; reset",
+        "0x00000001",
+        "0x00000000",
+    ),
+    (BLACKWELL, "fsp-no-reply", READ_8, IS_0, "none"),
+    (BLACKWELL, "fsp-late-reply:60000", READ_8, IS_0, "none"),
+    (BLACKWELL, "fsp-short-reply", READ_8, IS_0, "0xC0000000 0x1510DE7E 0x00000003 0x00000013"),
+    (BLACKWELL, "fsp-mistyped-reply", READ_8, IS_0, "0xC0000000 0x1410DE7E 0x00000003 0x00000013 0x00000000 0"),
+    (BLACKWELL, "fsp-error-code:8:0x202", READ_8, IS_0, "0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000202"),
+    (BLACKWELL, "fsp-queue-stuck", "send 0x0008020C; send 0x0008020C || true; reset", "", "not ready"),
+    (BLACKWELL, "fsp-stale-reply", "take", "none", "0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000 1"),
+    (
+        BLACKWELL,
+        "fsp-duplicate-reply",
+        "rpc 0x0008020D 0; take",
+        "0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000 none",
+        "0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000 0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000",
+    ),
+    (
+        BLACKWELL,
+        "fsp-clean-high-half",
+        "whole=1; set -- $(rpc 0x0007020C); [ $6 = 0x00000001 ] && echo clean || echo garbage",
+        "garbage",
+        "clean",
+    ),
+    (
+        BLACKWELL,
+        "knob-write-ignored",
+        "rpc 0x0008020D 1 >/dev/null; rpc 0x0008020C; rpc 0x0008020D 0 >/dev/null",
+        "0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000 1",
+        IS_0,
+    ),
+    (
+        BLACKWELL,
+        "permission-knob-zero:7",
+        "rpc 0x0007020C; rpc 0x0008020D 0",
+        "0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000 1 0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000",
+        "0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x00000000 0 0xC0000000 0x1510DE7E 0x00000003 0x00000013 0x0000DEAD",
+    ),
+    (BLACKWELL, "mnoc-receive-error", "r 0x8f1f84", "0x05000000", "0x07000000"),
+    (BLACKWELL, "mnoc-send-error", "rpc 0x0007020D 0 >/dev/null; r 0x8f1f04", "0x00000000", "0x02000000"),
+    (BLACKWELL, "mnoc-credit-gap:60000", "send 0x0008020C && take; reset", IS_0, "no credit"),
+    (BLACKWELL, "recovery", "r 0x8aa128; r 0xad00bc", "0x00000000 0x000000FF", "0x00000002 0x00000000"),
+    (BLACKWELL, "security-fault", "r 0; c 0x2b4", "0x1B2000A1 00000000", "0xBADF0200 40000000"),
+];
+
+/// What a script prints, as one line.
+fn shell(guest: &Guest, bdf: &str, script: &str) -> Result<String> {
+    let output = guest.shell(&format!("set -- {bdf}\n{TOOLS}\n{script}"), STEP)?;
+    ensure!(output.success(), "{script}: {}{}", output.text(), output.error_text());
+    Ok(output.text().split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+#[test]
+fn every_fault_shows_and_goes_again() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let mut boot = Boot::new("mixed")?;
+    for device in &mut boot.topology.devices {
+        // The script waits 100 ms after a reset.
+        device.spec.boot = Duration::from_millis(20);
+        device.spec.firewall = Duration::from_millis(10);
+    }
+    let guest = boot.guest()?;
+    for device in [HOPPER, BLACKWELL] {
+        let bdf = guest.bdf(device)?;
+        shell(&guest, &bdf, "echo on > $dev/power/control; echo 1 > $dev/enable; reset")?;
+    }
+    for (device, text, script, well, ill) in CASES {
+        let bdf = guest.bdf(device)?;
+        let fault: Fault = text.parse()?;
+        let before = shell(&guest, &bdf, script).with_context(|| text)?;
+        assert_eq!(before, well, "{device} before {text}");
+        guest.fleet().set_fault(device, fault)?;
+        let meanwhile = shell(&guest, &bdf, script).with_context(|| text)?;
+        guest.fleet().clear_faults(device)?;
+        assert_eq!(meanwhile, ill, "{device} with {text}");
+        // What the fault left behind goes with a reset.
+        shell(&guest, &bdf, "reset")?;
+    }
+    let name = |text: &str| text.split(':').next().unwrap_or_default().to_owned();
+    let told: BTreeSet<String> = FORMS.iter().map(|form| name(form)).collect();
+    let seen: BTreeSet<String> = CASES.iter().map(|(_, text, ..)| name(text)).collect();
+    assert_eq!(told, seen, "every fault has a case");
+    Ok(())
+}
