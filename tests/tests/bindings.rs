@@ -231,7 +231,7 @@ fn a_host_without_iommu_is_told_the_cause_and_the_cure() -> Result<()> {
     if !lab_is_here()? {
         return Ok(());
     }
-    let mut node = Node::start(Boot { append: "intel_iommu=off intremap=off".into(), ..Boot::new("h100x2")? }, &[])?;
+    let mut node = Node::start(Boot { append: "intel_iommu=off".into(), ..Boot::new("h100x2")? }, &[])?;
     nothing_happens(&node, "a host without IOMMU", || {
         for (argv, code) in [
             (&["vfio-manage", "bind", "--all"][..], 0),
