@@ -21,6 +21,7 @@ pub struct PciFunction {
     pub bdf: Bdf,
     /// Inode of its folder in sysfs. The kernel gives every folder there a number of its own and none twice in a boot, so
     /// another number is another device, or one that was taken out and put back (its knobs may have changed meanwhile).
+    /// It means nothing on another machine or in another boot, and so is not part of what is recorded.
     #[serde(skip)]
     pub instance: Option<u64>,
     /// Vendor id (`0x10de` is NVIDIA).
