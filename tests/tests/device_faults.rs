@@ -1,14 +1,15 @@
 //! Every fault of the virtual devices, as a process in the guest sees it through the kernel.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::{STEP, lab_is_here};
 use lab::Boot;
 use lab_devices::Fault;
 use lab_devices::fault::FORMS;
-use lab_vm::Guest;
+use lab_vm::{Guest, Topology};
+use serde_json::{Value, json};
 
 /// Registers, config space, resets and firmware messages, from a shell.
 const TOOLS: &str = r#"
@@ -185,5 +186,70 @@ fn every_fault_shows_and_goes_again() -> Result<()> {
     let told: BTreeSet<String> = FORMS.iter().map(|form| name(form)).collect();
     let seen: BTreeSet<String> = CASES.iter().map(|(_, text, ..)| name(text)).collect();
     assert_eq!(told, seen, "every fault has a case");
+    Ok(())
+}
+
+/// The devices that `ccnode probe` tells of.
+fn devices(guest: &Guest) -> Result<Vec<Value>> {
+    let output = guest.run(&["ccnode", "probe", "--json"], STEP)?;
+    ensure!(output.success(), "{}", output.error_text());
+    let probe: Value = serde_json::from_slice(&output.stdout)?;
+    Ok(probe["devices"].as_array().context("probe tells no devices")?.clone())
+}
+
+#[test]
+fn a_device_can_be_taken_out_and_put_back() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let guest = Boot::new("mixed")?.guest()?;
+    let bdf = guest.bdf(HOPPER)?;
+    let there = |guest: &Guest| Ok::<_, anyhow::Error>(devices(guest)?.iter().any(|device| device["bdf"] == *bdf));
+    assert!(there(&guest)?);
+    guest.qmp(&json!({ "execute": "device_del", "arguments": { "id": HOPPER } }))?;
+    guest.qmp_event("DEVICE_DELETED", STEP)?;
+    assert!(!there(&guest)?);
+    assert_eq!(devices(&guest)?.len(), 3, "the others are there as before");
+    let socket = guest.fleet().socket(HOPPER)?.to_string_lossy().into_owned();
+    let put_back = json!({
+        "driver": "vfio-user-pci", "id": HOPPER, "bus": format!("rp-{HOPPER}"), "x-msg-timeout": 30000,
+        "socket": { "type": "unix", "path": socket },
+    });
+    guest.qmp(&json!({ "execute": "device_add", "arguments": put_back }))?;
+    let deadline = Instant::now() + STEP;
+    while !there(&guest)? {
+        ensure!(Instant::now() < deadline, "{HOPPER} has not come back");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(shell(&guest, &bdf, "echo 1 > $dev/enable; r 0x0")?, "0x180000A1");
+    Ok(())
+}
+
+/// What is wrong from the start, and cannot come later: the kernel looks only once.
+#[test]
+fn a_device_can_be_without_a_reset_and_asleep_from_the_start() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let mut boot = Boot::new("mixed")?;
+    // A bus with more than one function on it is not reset for one of them.
+    boot.topology = Topology::parse(
+        "no-reset",
+        "[[device]]\nname = 'nic0'\nmodel = 'nic'\n\
+         [[device]]\nname = 'gpu0'\nmodel = 'h100'\nfunction_of = 'nic0'\nfaults = ['no-flr']\n\
+         [[device]]\nname = 'gpu1'\nmodel = 'h100'\nfaults = ['d3hot-at-start']\n",
+    )?;
+    let guest = boot.guest()?;
+    let bdfs = [guest.bdf("gpu0")?, guest.bdf("gpu1")?];
+    let seen = devices(&guest)?;
+    assert_eq!(seen.iter().map(|device| device["bdf"].clone()).collect::<Vec<_>>(), bdfs);
+    assert_eq!([&seen[0]["reset_methods"], &seen[0]["name"]], [&json!([]), &json!("H100")]);
+    assert_eq!(shell(&guest, &bdfs[0], "[ -e $dev/reset ] || echo none")?, "none");
+    assert_eq!(seen[1]["reset_methods"], json!(["flr", "bus"]));
+    assert_eq!(shell(&guest, &bdfs[1], "c 0x44")?, "0000000b", "the kernel does not wake what has no driver");
+    // A driver does.
+    let bind = "echo vfio-pci > $dev/driver_override; echo $1 > /sys/bus/pci/drivers_probe; \
+                echo on > $dev/power/control; memory_on; c 0x44; r 0";
+    assert_eq!(shell(&guest, &bdfs[1], bind)?, "00000008 0x180000A1");
     Ok(())
 }
