@@ -28,7 +28,7 @@ pub enum Change {
         /// Its name.
         name: Option<String>,
     },
-    /// There is another device at the address: ids or class differ.
+    /// There is another device at the address, or the same one was taken out and put back: ids, class or instance differ.
     Replaced {
         /// The address.
         bdf: Bdf,
@@ -216,13 +216,16 @@ fn function(old: &PciFunction, new: &PciFunction, changes: &mut Vec<Change>) {
             function.subsystem_device,
             function.class,
             function.revision,
+            // The same board, taken out and put back, has another.
+            function.instance,
         )
     };
     if ids(old) != ids(new) {
         let text = |function: &PciFunction| {
             let sub = function.subsystem_device.map_or_else(String::new, |id| format!(" subsystem {id:04x}"));
             let PciFunction { vendor, device, class, revision, .. } = function;
-            format!("{vendor:04x}:{device:04x} class {class:06x} revision {revision:02x}{sub}")
+            let instance = function.instance.map_or_else(String::new, |instance| format!(" instance {instance}"));
+            format!("{vendor:04x}:{device:04x} class {class:06x} revision {revision:02x}{sub}{instance}")
         };
         changes.push(Change::Replaced { bdf, before: text(old), after: text(new) });
     }
@@ -301,7 +304,35 @@ mod tests {
         let changes = Inventory::diff(&old, &new);
         let json = serde_json::to_string(&changes).unwrap();
         assert_eq!(serde_json::from_str::<Vec<Change>>(&json).unwrap(), changes);
-        changes.iter().map(ToString::to_string).collect()
+        changes.iter().map(|change| without_instances(&change.to_string())).collect()
+    }
+
+    /// Every tree has its own numbers.
+    fn without_instances(text: &str) -> String {
+        let mut words = text.split(' ');
+        let mut kept = Vec::new();
+        while let Some(word) = words.next() {
+            if word == "instance" {
+                words.next();
+            } else {
+                kept.push(word);
+            }
+        }
+        kept.join(" ")
+    }
+
+    #[test]
+    fn a_device_that_was_put_back_is_another() {
+        let put_back = |fake: &FakeSysfs| {
+            // The old folder stays in being under another name, so that its number is not given again.
+            let parked = fake.path().join("parked");
+            let path = std::fs::canonicalize(fake.get(GPU).path()).unwrap();
+            std::fs::rename(&path, &parked).unwrap();
+            fake.remove_file(format!("sys/bus/pci/devices/{GPU}"));
+            _ = fake.gpu(GPU, 0x2330);
+        };
+        let told = told(|fake| _ = fake.gpu(GPU, 0x2330), put_back);
+        assert!(matches!(told.as_slice(), [one] if one.starts_with("0000:41:00.0: Another device: ")), "{told:?}");
     }
 
     #[test]
