@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result, ensure};
 use e2e::{STEP, lab_is_here};
 use lab::Boot;
-use lab_vm::Guest;
+use lab_vm::{Guest, Topology};
 use serde_json::{Value, json};
 
 /// A booted node and what `ccnode probe` says of it.
@@ -21,13 +21,18 @@ fn look(topology: &str) -> Result<Option<Seen>> {
     if !lab_is_here()? {
         return Ok(None);
     }
-    let guest = Boot::new(topology)?.guest()?;
+    look_at(Boot::new(topology)?).map(Some)
+}
+
+fn look_at(boot: Boot) -> Result<Seen> {
+    let guest = boot.guest()?;
+    let topology = &guest.topology().name;
     eprintln!("{topology}: {:?}", guest.boot_times());
     let devices = guest.topology().devices.iter().map(|device| device.spec.name.clone());
     let names = devices.map(|name| Ok((guest.bdf(&name)?, name))).collect::<Result<_>>()?;
     let probe = probe(&guest)?;
     ensure!(probe["problems"] == json!([]), "{topology}: {:#}", probe["problems"]);
-    Ok(Some(Seen { guest, probe, names }))
+    Ok(Seen { guest, probe, names })
 }
 
 fn probe(guest: &Guest) -> Result<Value> {
@@ -179,9 +184,39 @@ fn without_an_iommu_there_are_no_groups() -> Result<()> {
 }
 
 #[test]
+fn models_that_no_shipped_topology_has_are_told() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let models = ["h200", "gh200", "b300", "gb300", "lr10"];
+    let text: String = models.map(|model| format!("[[device]]\nname = '{model}'\nmodel = '{model}'\n")).concat();
+    let mut boot = Boot::new("h100x2")?;
+    boot.topology = Topology::parse("models", &text)?;
+    let seen = look_at(boot)?;
+    let gpu = |name: &str, chip: &str, enable: &str, ppcie: bool| {
+        [json!(name), json!("gpu"), json!(chip), json!(enable), json!(ppcie)]
+    };
+    let rows = [
+        ("h200", hopper("H200")),
+        ("gh200", gpu("GH200", "gh100", "off-only", true)),
+        ("b300", gpu("B300", "gb110", "yes", false)),
+        ("gb300", gpu("GB300", "gb110", "off-only", false)),
+        ("lr10", [json!("LR10"), json!("nvswitch"), json!("lr10"), json!("no"), json!(false)]),
+    ];
+    assert_eq!(seen.table()?, table(rows));
+    assert_eq!(seen.device("gh200")?["reset_methods"], json!(["flr"]), "the kernel resets no bus for this device id");
+    assert_eq!(seen.device("h200")?["reset_methods"], json!(["flr", "bus"]));
+    Ok(())
+}
+
+#[test]
 fn lockdown_is_told() -> Result<()> {
     let Some(seen) = look("lockdown")? else { return Ok(()) };
     assert_eq!((&seen.probe["host"]["lockdown"], &seen.probe["host"]["iommu"]), (&json!("integrity"), &json!("on")));
+    // It is a real one: the kernel refuses root's writes to config space.
+    let write = format!("printf '\\006' | dd of=/sys/bus/pci/devices/{}/config bs=1 seek=4", seen.guest.bdf("gpu0")?);
+    let refused = seen.guest.shell(&write, STEP)?;
+    assert!(refused.error_text().contains("Operation not permitted"), "{}", refused.error_text());
     assert_eq!(seen.table()?, table([("gpu0", hopper("H100")), ("gpu1", hopper("H100"))]));
     Ok(())
 }
