@@ -1,6 +1,6 @@
 //! All that is known of a node, as `--json` shows it and `doctor` judges it.
 
-use hw_probe::acs::{Port, path_of};
+use hw_probe::acs::{Port, Ports};
 use hw_probe::config::Liveness;
 use hw_probe::{
     Bdf, Condition, Fault, Holders, HostDetails, HostFacts, Inventory, NVIDIA, PciFunction, Problem, SysRoot, holders,
@@ -71,7 +71,9 @@ impl Report {
         let host_details = HostDetails::read(root, &inventory);
         let mut problems = inventory.problems.clone();
         let nvidia = inventory.functions.iter().filter(|function| function.vendor == NVIDIA);
-        let devices = nvidia.map(|function| Device::read(root, &inventory, function, &mut problems)).collect();
+        let mut ports = Ports::default();
+        let devices =
+            nvidia.map(|function| Device::read(root, &inventory, function, &mut ports, &mut problems)).collect();
         let (holders, node) = (holders(root), NodeFiles::read(root));
         Self { schema: Self::SCHEMA, host: inventory.host, host_details, holders, node, devices, problems }
     }
@@ -89,7 +91,13 @@ impl Report {
 }
 
 impl Device {
-    fn read(root: &SysRoot, inventory: &Inventory, function: &PciFunction, problems: &mut Vec<Problem>) -> Self {
+    fn read(
+        root: &SysRoot,
+        inventory: &Inventory,
+        function: &PciFunction,
+        ports: &mut Ports,
+        problems: &mut Vec<Problem>,
+    ) -> Self {
         let bdf = function.bdf;
         let members: Vec<&PciFunction> =
             function.iommu_group.map_or_else(Vec::new, |group| inventory.group_members(group).collect());
@@ -110,7 +118,7 @@ impl Device {
             pci_ids_name: pci_ids_name(function.vendor, function.device),
             liveness,
             faults,
-            ports: path_of(root, function),
+            ports: ports.above(root, function),
             group_members: members.iter().map(|member| member.bdf).collect(),
             group_blockers: blockers,
             group_strangers: members.iter().filter(stranger).map(|member| member.bdf).collect(),

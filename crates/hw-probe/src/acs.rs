@@ -1,10 +1,11 @@
 //! Access control services (ACS) of the ports above a function: what lets the IOMMU tell neighbours apart.
 
+use std::collections::BTreeMap;
 use std::error::Error as _;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigSpace, Liveness, liveness};
+use crate::config::{ConfigSpace, Liveness, ask};
 use crate::{Bdf, PciFunction, SysRoot};
 
 /// A port above a function.
@@ -62,25 +63,26 @@ impl Acs {
     }
 }
 
-/// The ports above `function`, nearest first, with what configuration space says of them. A port in D3cold is not asked.
-/// Waits 4 seconds for each port at most.
-pub fn path_of(root: &SysRoot, function: &PciFunction) -> Vec<Port> {
-    function.upstream.iter().map(|bdf| port(root, *bdf)).collect()
+/// Ports that were asked already: functions behind one switch share most of their path.
+#[derive(Debug, Default)]
+pub struct Ports(BTreeMap<Bdf, Port>);
+
+impl Ports {
+    /// The ports above `function`, nearest first, with what configuration space says of them. A port in D3cold is not asked.
+    /// Waits 2 seconds for each new port at most.
+    pub fn above(&mut self, root: &SysRoot, function: &PciFunction) -> Vec<Port> {
+        let ask = |bdf: &Bdf| self.0.entry(*bdf).or_insert_with(|| port(root, *bdf)).clone();
+        function.upstream.iter().map(ask).collect()
+    }
 }
 
 fn port(root: &SysRoot, bdf: Bdf) -> Port {
     let unknown = |cause: String| Port { bdf, role: PortRole::Other, acs: Acs::Unknown { cause } };
-    let told =
-        |error: crate::config::ConfigError| error.source().map_or_else(|| error.to_string(), ToString::to_string);
-    match liveness(root, bdf) {
-        Ok(Liveness::Answers) => {}
-        Ok(Liveness::Asleep) => return unknown("The port is in D3cold and was not asked".into()),
-        Ok(Liveness::Silent | Liveness::Other(_)) => return unknown("The port does not answer".into()),
-        Err(error) => return unknown(told(error)),
-    }
-    match ConfigSpace::read(root, bdf) {
-        Ok(config) => judge(bdf, &config),
-        Err(error) => unknown(told(error)),
+    match ask(root, bdf) {
+        Ok((Liveness::Answers, Some(config))) => judge(bdf, &config),
+        Ok((Liveness::Asleep, _)) => unknown("The port is in D3cold and was not asked".into()),
+        Ok(_) => unknown("The port does not answer".into()),
+        Err(error) => unknown(error.source().map_or_else(|| error.to_string(), ToString::to_string)),
     }
 }
 
@@ -147,7 +149,7 @@ mod tests {
         fake.below("0000:00:03.0").gpu("0000:05:00.0", 0x2330);
         let inventory = Inventory::scan(&fake.root());
         let path = |bdf: &str| {
-            let ports = path_of(&fake.root(), inventory.get(bdf.parse().unwrap()).unwrap());
+            let ports = Ports::default().above(&fake.root(), inventory.get(bdf.parse().unwrap()).unwrap());
             ports.into_iter().map(|port| (port.bdf.to_string(), port.role, port.acs)).collect::<Vec<_>>()
         };
         let off = Acs::Off { missing: vec!["completion-redirect".into(), "upstream-forwarding".into()] };

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigSpace, Liveness, liveness};
+use crate::config::{ConfigSpace, Liveness, ask};
 use crate::{BarFirewall, DeviceKind, NVIDIA, PciFunction, SysRoot};
 
 /// A function's answer, and what is wrong with it.
@@ -123,23 +123,24 @@ fn named_bits(word: u32, offset: u16) -> Option<String> {
 }
 
 impl Condition {
-    /// Asks configuration space, which moves no device: a function in D3cold is not asked. Waits 4 seconds at most.
+    /// Asks configuration space, which moves no device: a function in D3cold is not asked. Waits 2 seconds at most.
     pub fn read(root: &SysRoot, function: &PciFunction) -> Self {
         let mut faults = Vec::new();
-        let answer = liveness(root, function.bdf);
+        let answer = ask(root, function.bdf);
         match &answer {
-            Ok(Liveness::Answers) => match ConfigSpace::read(root, function.bdf) {
-                Ok(config) => in_config(function, &config, &mut faults),
-                Err(error) => faults.push(unreadable(&error)),
-            },
-            Ok(Liveness::Silent) => faults.push(Fault::OffBus),
-            Ok(Liveness::Other(0x0001)) => faults.push(Fault::NotReady),
-            Ok(Liveness::Other(vendor)) => faults.push(Fault::OtherDevice { vendor: *vendor }),
-            Ok(Liveness::Asleep) => faults.push(Fault::D3cold),
+            Ok((Liveness::Answers, config)) => {
+                if let Some(config) = config {
+                    in_config(function, config, &mut faults);
+                }
+            }
+            Ok((Liveness::Silent, _)) => faults.push(Fault::OffBus),
+            Ok((Liveness::Other(0x0001), _)) => faults.push(Fault::NotReady),
+            Ok((Liveness::Other(vendor), _)) => faults.push(Fault::OtherDevice { vendor: *vendor }),
+            Ok((Liveness::Asleep, _)) => faults.push(Fault::D3cold),
             Err(error) => faults.push(unreadable(error)),
         }
         in_sysfs(function, &mut faults);
-        Self { liveness: answer.ok(), faults }
+        Self { liveness: answer.ok().map(|(liveness, _)| liveness), faults }
     }
 }
 

@@ -87,6 +87,39 @@ pub fn liveness(root: &SysRoot, bdf: Bdf) -> Result<Liveness, ConfigError> {
     Ok(Liveness::Answers)
 }
 
+/// Asks the function whether it is there, and if it is reads its configuration space, all on one thread: what an
+/// observer wants who asks many. A function that does not answer is asked for two words only, since each read of a dead one
+/// can take a bus timeout. Waits 2 seconds at most.
+pub(crate) fn ask(root: &SysRoot, bdf: Bdf) -> Result<(Liveness, Option<ConfigSpace>), ConfigError> {
+    let mut node = Node::new(root, &format!("sys/bus/pci/devices/{bdf}"), Some(bdf));
+    if node.word("power_state").as_deref() == Some("D3cold") {
+        return Ok((Liveness::Asleep, None));
+    }
+    let enumerated = node.parsed("vendor", "a 16-bit id", |text| u16::try_from(hex(text)?).ok());
+    let path = file(root, bdf);
+    let target = path.clone();
+    let read = move || {
+        let word = |offset| Ok::<_, io::Error>(read_at(&target, offset, 2)?.try_into().ok().map(u16::from_le_bytes));
+        let Some(vendor) = word(0x00)? else { return Ok(Err(0)) };
+        let liveness = match vendor {
+            0xffff => Liveness::Silent,
+            vendor if enumerated.is_some_and(|enumerated| enumerated != vendor) => Liveness::Other(vendor),
+            NVIDIA if word(0xf0)? == Some(0xffff) => Liveness::Silent,
+            _ => Liveness::Answers,
+        };
+        let bytes = if liveness == Liveness::Answers { Some(read_at(&target, 0, SIZE)?) } else { None };
+        match bytes {
+            Some(bytes) if bytes.len() < 64 => Ok(Err(bytes.len())),
+            bytes => Ok(Ok((liveness, bytes.map(ConfigSpace)))),
+        }
+    };
+    match patiently(path.clone(), PATIENCE, read) {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err(length)) => Err(ConfigError::Short { bdf, path, length }),
+        Err(source) => Err(ConfigError::Read { bdf, path, source }),
+    }
+}
+
 fn file(root: &SysRoot, bdf: Bdf) -> PathBuf {
     root.function(bdf).join("config")
 }
@@ -312,7 +345,12 @@ mod tests {
     fn liveness_believes_the_device_and_not_the_kernels_copy() {
         let fake = FakeSysfs::new();
         let gpu = fake.gpu("0000:41:00.0", 0x2330);
-        let ask = || liveness(&fake.root(), gpu.bdf()).unwrap();
+        let ask = || {
+            let alone = liveness(&fake.root(), gpu.bdf()).unwrap();
+            let (with_config, config) = super::ask(&fake.root(), gpu.bdf()).unwrap();
+            assert_eq!((with_config, config.is_some()), (alone, alone == Liveness::Answers));
+            alone
+        };
         assert_eq!(ask(), Liveness::Answers);
         gpu.patch_config(0xf0, &[0xff, 0xff]);
         assert_eq!(ask(), Liveness::Silent);
