@@ -81,8 +81,9 @@ struct Outgoing {
 #[derive(Default)]
 pub(crate) struct Mnoc {
     incoming: Option<Incoming>,
-    /// A whole request, and when its last dword came.
-    request: Option<(Duration, Vec<u32>)>,
+    /// Whole requests, and when the last dword of each came. More than one only where a new message may begin before the
+    /// request before it was taken.
+    requests: VecDeque<(Duration, Vec<u32>)>,
     replies: VecDeque<Outgoing>,
     /// The message that the host can read.
     shown: Option<Outgoing>,
@@ -94,13 +95,13 @@ impl Mnoc {
         *self = Mnoc::default();
     }
 
-    /// Whether a whole request waits to be taken.
-    pub(crate) fn has_request(&self) -> bool {
-        self.request.is_some()
+    /// How many whole requests wait to be taken.
+    pub(crate) fn waiting_requests(&self) -> usize {
+        self.requests.len()
     }
 
     fn ready(&self) -> bool {
-        self.incoming.is_none() && self.request.is_none()
+        self.incoming.is_none() && (undecided::MNOC_READY_WHILE_REQUEST_WAITS || self.requests.is_empty())
     }
 
     fn credit(&self, now: Duration, ills: Ills) -> bool {
@@ -206,7 +207,7 @@ impl Mnoc {
         if incoming.words.len() >= incoming.dwords {
             let words = std::mem::take(&mut incoming.words);
             self.incoming = None;
-            self.request = Some((now, words));
+            self.requests.push_back((now, words));
         } else if (incoming.words.len() * 4).is_multiple_of(CREDIT_BLOCK) {
             incoming.block_at = now;
         }
@@ -220,12 +221,9 @@ impl Mnoc {
         ready_at: Duration,
         latency: Duration,
     ) -> Option<(Duration, Vec<u32>)> {
-        let (whole_at, _) = self.request.as_ref()?;
-        let due = (*whole_at).max(ready_at).saturating_add(latency);
-        if due > now {
-            return None;
-        }
-        self.request.take().map(|(_, words)| (due, words))
+        let due = |whole_at: Duration| whole_at.max(ready_at).saturating_add(latency);
+        let (whole_at, words) = self.requests.pop_front_if(|(whole_at, _)| due(*whole_at) <= now)?;
+        Some((due(whole_at), words))
     }
 
     /// Leaves a reply to be shown at `at`, or when the host has read those before it.

@@ -438,7 +438,7 @@ impl Model {
             while let Some((channel, at, words)) = self.emem.take_request(self.now, ready_at, self.spec.fsp_latency) {
                 self.serve(channel, at, words);
             }
-            if let Some((at, words)) = self.mnoc.take_request(self.now, ready_at, self.spec.fsp_latency) {
+            while let Some((at, words)) = self.mnoc.take_request(self.now, ready_at, self.spec.fsp_latency) {
                 self.serve(mnoc::PORT, at, words);
             }
         }
@@ -731,12 +731,12 @@ impl Model {
 
     fn write_mnoc(&mut self, offset: u32, register: MnocRegister, value: u32) {
         let mut errors = Vec::new();
-        let before = self.mnoc.has_request();
+        let before = self.mnoc.waiting_requests();
         let ills = self.ills();
         if !self.mnoc.write(self.now, register, value, ills, &mut errors) {
             self.stray(Space::Bar0, u64::from(offset), Some(value));
         }
-        if self.ready_at.is_none() && !before && self.mnoc.has_request() {
+        if self.ready_at.is_none() && self.mnoc.waiting_requests() > before {
             errors.push(HostError::RequestBeforeBoot { channel: mnoc::PORT });
         }
         self.host_errors(errors);

@@ -88,6 +88,9 @@ pub const SECURITY_FAULT_WORD: u32 = 1 << 30;
 /// The C2C status register of parts with NVLink-C2C, once booted (section 12: 0x1498 is 0xff).
 pub const C2C_STATUS_UP: u32 = 0xff;
 
+/// Whether the MNOC ready bit is set again as soon as all dwords of a message have arrived, rather than when FSP has taken
+/// it: section 10.4 says "until all dwords arrive" and "idle".
+pub const MNOC_READY_WHILE_REQUEST_WAITS: bool = false;
 /// Whether the MNOC credit bit is set while no request is under way.
 pub const MNOC_CREDIT_WHEN_IDLE: bool = true;
 /// What the MNOC data register reads as when no message waits.
