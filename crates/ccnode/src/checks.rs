@@ -504,7 +504,8 @@ fn gpu_bus(facts: &Facts) -> Verdict {
     } else {
         "drain the node and power it off and on; if it comes again, reseat or replace the board, and look for AER errors in the kernel's log"
     };
-    each(ill, format!("{} in configuration space", parts(facts) + " answer"), cure)
+    let verb = if facts.report.parts().count() == 1 { "answers" } else { "answer" };
+    each(ill, format!("{} {verb} in configuration space", parts(facts)), cure)
 }
 
 fn gpu_power(facts: &Facts) -> Verdict {

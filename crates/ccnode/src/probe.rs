@@ -67,7 +67,7 @@ fn line(problem: &Problem) -> String {
 
 /// The report for people.
 fn human(report: &Report) -> String {
-    let mut text = host(&report.host);
+    let mut text = host(report);
     if report.devices.is_empty() {
         text.push_str("No NVIDIA device on this node; cargo lab demo shows ccnode on virtual ones\n");
     } else {
@@ -83,14 +83,15 @@ fn human(report: &Report) -> String {
     text
 }
 
-fn host(host: &HostFacts) -> String {
-    let HostFacts { boot_id: _, kernel_release, tee, lockdown, iommu, dev_iommu, dev_vfio } = host;
+fn host(report: &Report) -> String {
+    let HostFacts { boot_id: _, kernel_release, tee, lockdown: _, iommu, dev_iommu, dev_vfio } = &report.host;
+    let found = &report.host_details.lockdown;
     let tee = match tee {
         Tee::SevSnp => "SEV-SNP",
         Tee::Tdx => "TDX",
         Tee::None => "none",
     };
-    let lockdown = match lockdown {
+    let lockdown = match found.mode {
         Lockdown::None => "none",
         Lockdown::Integrity => "integrity",
         Lockdown::Confidentiality => "confidentiality",
@@ -102,8 +103,9 @@ fn host(host: &HostFacts) -> String {
     };
     let present = |present: &bool| if *present { "present" } else { "absent" };
     let kernel = kernel_release.as_deref().unwrap_or("unknown");
+    let inferred = if found.inferred { " (inferred)" } else { "" };
     let nodes = format!("/dev/iommu {}, /dev/vfio/vfio {}", present(dev_iommu), present(dev_vfio));
-    format!("Host: kernel {kernel}, TEE {tee}, lockdown {lockdown}, IOMMU {iommu}, {nodes}\n")
+    format!("Host: kernel {kernel}, TEE {tee}, lockdown {lockdown}{inferred}, IOMMU {iommu}, {nodes}\n")
 }
 
 fn row(device: &Device) -> [String; 10] {
@@ -174,7 +176,7 @@ fn remarks(report: &Report) -> Vec<String> {
     if any && report.host.iommu == IommuState::Off {
         remarks.push("IOMMU: The kernel has no IOMMU groups, so VFIO cannot work; turn the IOMMU on in firmware and kernel, or this is a guest without one".into());
     }
-    match report.host.lockdown {
+    match report.host_details.lockdown.mode {
         Lockdown::Integrity | Lockdown::Confidentiality if any => {
             remarks.push("Lockdown: BARs cannot be mapped through sysfs; GPUs are reached through vfio-pci, which lockdown allows".into());
         }

@@ -530,3 +530,23 @@ fn every_check_is_explained_and_documented() {
     assert_eq!(code, 2);
     assert!(notes.contains("There is no check \"luck\"; there are: tee, iommu"), "{notes}");
 }
+
+#[test]
+fn every_chip_and_product_of_the_table_is_in_the_hardware_document() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let document = std::fs::read_to_string(folder.join("../../docs/hardware.md")).unwrap();
+    let table = std::fs::read_to_string(folder.join("../hw-probe/data/devices.csv")).unwrap();
+    let heads: Vec<&str> = table.lines().next().unwrap().split(',').collect();
+    let column = |name: &str| heads.iter().position(|head| *head == name).unwrap();
+    let (name, arch, chip) = (column("name"), column("arch"), column("chip"));
+    let mut rows = 0;
+    for line in table.lines().skip(1) {
+        let cells: Vec<&str> = line.split(',').collect();
+        rows += 1;
+        if matches!(cells[arch], "hopper" | "blackwell" | "laguna" | "limerock") {
+            assert!(document.contains(&cells[chip].to_uppercase()), "{line}");
+            assert!(cells[name].starts_with("Generic-") || document.contains(cells[name]), "{line}");
+        }
+    }
+    assert!(document.contains(&format!(": {rows} rows")), "{rows} rows");
+}
