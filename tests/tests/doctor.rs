@@ -162,6 +162,32 @@ fn a_node_without_an_iommu_is_told_so() -> Result<()> {
 }
 
 #[test]
+fn neighbours_behind_ports_without_acs_are_told() -> Result<()> {
+    let Some(node) = node("acs-off", &[])? else { return Ok(()) };
+    let (told, answer) = doctor(&node)?;
+    assert_eq!(told, set(&[&BARE[..], &["acs: warning"]].concat()), "{answer:#}");
+    let words = evidence(&answer, "acs");
+    for name in ["gpu0", "gpu1"] {
+        let line = format!("{}: Shares its IOMMU group with ", node.guest.bdf(name)?);
+        ensure!(words.lines().any(|found| found.starts_with(&line) && found.contains("has no ACS")), "{words}");
+    }
+    Ok(())
+}
+
+#[test]
+fn old_and_unknown_gpus_are_told_beside_the_others() -> Result<()> {
+    let Some(node) = node("mixed", &[])? else { return Ok(()) };
+    node.guest.fleet().clear_trace();
+    let (told, answer) = doctor(&node)?;
+    assert_eq!(told, set(&[&BARE[..], &["gpu-model: warning", "gpu-cc: warning"]].concat()), "{answer:#}");
+    assert!(evidence(&answer, "gpu-model").starts_with(&node.guest.bdf("gpu3")?), "{answer:#}");
+    let old = evidence(&answer, "gpu-cc");
+    ensure!(old.starts_with(&node.guest.bdf("gpu2")?) && old.contains("older than Hopper"), "{old}");
+    assert!(evidence(&answer, "gpu-firewall").contains("Open"), "{answer:#}");
+    nothing_was_touched(&node)
+}
+
+#[test]
 fn changes_are_told_as_they_happen() -> Result<()> {
     let Some(mut node) = node("h100x2", &[])? else { return Ok(()) };
     // So slow a poll that only the kernel's events can be in time.
