@@ -17,6 +17,12 @@ pub trait Reset: Send {
     /// Resets the device and returns when the reset has been done, or when its deadline has passed. Any [`Bar0`] of the
     /// device must have been dropped before.
     fn reset(&mut self) -> Result<(), Fault>;
+
+    /// Resets the device by its bus, as [`Reset::reset`] otherwise: for a device that did not come back from a function reset.
+    /// [`Fault::ResetUnavailable`] where there is no way that concerns this device alone, or none but devices that are ours.
+    fn bus_reset(&mut self) -> Result<(), Fault> {
+        Err(Fault::ResetUnavailable { methods: "no bus reset".into() })
+    }
 }
 
 /// A way to reach a device. Dropping it puts back whatever it changed to get there (power, memory decoding).
@@ -51,20 +57,60 @@ const CONFIG_END: u16 = 4096;
 /// First extended capability.
 const EXTENDED_START: u16 = 0x100;
 
-/// Vendor-specific extended capability (gpu-cc-protocol section 1.2).
+/// Ids of the extended capabilities that vendors fill (gpu-cc-protocol section 1.2).
 const VSEC: u32 = 0x0b;
+const DVSEC: u32 = 0x23;
 
-/// Offset of the vendor-specific capability of that id and revision, by a bounded walk of the extended list that reads
-/// no more words than it needs: each is an access to the device.
-pub(crate) fn find_vsec(back: &dyn BackEnd, (id, revision): (u32, u32)) -> Result<Option<u16>, Fault> {
+/// A vendor's capability in extended configuration space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Capability {
+    /// Vendor-specific, of this id and revision.
+    Vsec { id: u16, revision: u8 },
+    /// Designated vendor-specific, of this vendor and id.
+    Dvsec { vendor: u16, id: u16 },
+}
+
+impl Capability {
+    /// Whether the capability that starts at `at` with this header is the one; its length in bytes if so.
+    fn recognise(self, back: &dyn BackEnd, at: u16, header: u32) -> Result<Option<u16>, Fault> {
+        let second = || back.config32(at + 4);
+        let length = |second: u32| u16::try_from(second >> 20).unwrap_or(0);
+        match (self, header & 0xffff) {
+            (Self::Vsec { id, revision }, VSEC) => {
+                let second = second()?;
+                Ok((second & 0xf_ffff == u32::from(revision) << 16 | u32::from(id)).then(|| length(second)))
+            }
+            (Self::Dvsec { vendor, id }, DVSEC) => {
+                let second = second()?;
+                let is_it = second & 0xffff == u32::from(vendor) && back.config32(at + 8)? & 0xffff == u32::from(id);
+                Ok(is_it.then(|| length(second)))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Reads the dword `offset` bytes into a vendor's capability; none where there is no such capability, or it ends before.
+/// The walk of the extended list is bounded, and reads no more words than it needs: each is an access to the device.
+pub(crate) fn capability_word(back: &dyn BackEnd, capability: Capability, offset: u16) -> Result<Option<u32>, Fault> {
+    match find(back, capability)? {
+        Some((start, length)) if offset + 4 <= length && start + offset < CONFIG_END => {
+            back.config32(start + offset).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Offset and length in bytes of a vendor's capability.
+fn find(back: &dyn BackEnd, capability: Capability) -> Result<Option<(u16, u16)>, Fault> {
     let mut at = EXTENDED_START;
     for _ in 0..(CONFIG_END - EXTENDED_START) / 4 {
         let header = back.config32(at)?;
         if header == 0 || header == u32::MAX {
             return Ok(None);
         }
-        if header & 0xffff == VSEC && back.config32(at + 4)? & 0xf_ffff == (revision << 16 | id) {
-            return Ok(Some(at));
+        if let Some(length) = capability.recognise(back, at, header)? {
+            return Ok(Some((at, length)));
         }
         let next = u16::try_from((header >> 20) & 0xffc).unwrap_or(0);
         if next < EXTENDED_START {
@@ -96,16 +142,44 @@ mod tests {
     fn capability_walks_end() {
         let gpu = FakeGpu::new();
         let back = gpu.back_end();
-        assert_eq!(find_vsec(&back, (1, 1)), Ok(Some(0x2a4)));
-        assert_eq!(find_vsec(&back, (2, 1)), Ok(None));
+        let (vsec, other) = (Capability::Vsec { id: 1, revision: 1 }, Capability::Vsec { id: 2, revision: 1 });
+        assert_eq!((find(&back, vsec), find(&back, other)), (Ok(Some((0x2a4, 0x14))), Ok(None)));
+        assert_eq!(find(&back, Capability::Dvsec { vendor: 0x10de, id: 0 }), Ok(None));
         // A list that bites its own tail.
         gpu.set_config(0x2a4, 0x1001_000b);
-        assert_eq!(find_vsec(&back, (2, 1)), Ok(None));
+        assert_eq!(find(&back, other), Ok(None));
         gpu.set_config(0x100, u32::MAX);
-        assert_eq!(find_vsec(&back, (1, 1)), Ok(None));
+        assert_eq!(find(&back, vsec), Ok(None));
         // The last dword may claim to be a capability; its body would lie outside.
         gpu.set_config(0x100, 0xffc1_0000);
         gpu.set_config(0xffc, 0x0001_000b);
-        assert!(find_vsec(&back, (1, 1)).is_err());
+        assert!(find(&back, vsec).is_err());
+    }
+
+    #[test]
+    fn words_beyond_a_capability_s_end_are_not_its_words() {
+        let gpu = FakeGpu::new();
+        let (back, vsec) = (gpu.back_end(), Capability::Vsec { id: 1, revision: 1 });
+        gpu.set_config(0x2b4, 7);
+        gpu.set_config(0x2b8, 8);
+        assert_eq!((capability_word(&back, vsec, 0x10), capability_word(&back, vsec, 0x14)), (Ok(Some(7)), Ok(None)));
+        gpu.set_config(0x2a8, 0x0181_0001);
+        assert_eq!(capability_word(&back, vsec, 0x14), Ok(Some(8)));
+    }
+
+    #[test]
+    fn a_designated_capability_is_known_by_vendor_and_id() {
+        let gpu = FakeGpu::new();
+        let back = gpu.back_end();
+        // As GB10x has it at 0xaf0, behind one of another vendor (gpu-cc-protocol section 10.1).
+        gpu.set_config(0x2a4, 0xac01_000b);
+        for (at, next, vendor) in [(0xac0, 0xaf0, 0x8086), (0xaf0, 0, 0x10de)] {
+            gpu.set_config(at, next << 20 | 0x1_0023);
+            gpu.set_config(at + 4, 0x0180_0000 | vendor);
+            gpu.set_config(at + 8, 0x10_0000);
+        }
+        assert_eq!(find(&back, Capability::Dvsec { vendor: 0x10de, id: 0 }), Ok(Some((0xaf0, 0x18))));
+        assert_eq!(find(&back, Capability::Dvsec { vendor: 0x10de, id: 1 }), Ok(None));
+        assert_eq!(capability_word(&back, Capability::Dvsec { vendor: 0x10de, id: 0 }, 8), Ok(Some(0x10_0000)));
     }
 }

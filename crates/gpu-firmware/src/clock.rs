@@ -67,6 +67,11 @@ impl Wait {
     }
 }
 
+/// Whole milliseconds, for messages.
+pub(crate) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,9 +8,10 @@
 
 use std::time::Duration;
 
-use crate::access::{Bar0, is_pri_error, read_sane};
-use crate::clock::{Clock, Wait};
+use crate::access::{Bar0, read_sane};
+use crate::clock::{Clock, Wait, millis};
 use crate::error::Fault;
+use crate::mailbox::{Link, State, judge};
 
 /// Bytes of a channel's window.
 const WINDOW: u32 = 0x400;
@@ -51,22 +52,10 @@ impl Registers {
     }
 }
 
-/// What is known of the queues' state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// Nothing: somebody else may have used them.
-    Unknown,
-    /// Every request of ours was answered.
-    Settled,
-    /// A request of ours was not answered, or wrongly: another answer may still come.
-    Unsettled,
-}
-
 /// One channel. Holds no register access of its own, so that it cannot outlive a mapping.
 #[derive(Debug)]
 pub(crate) struct Emem {
     registers: Registers,
-    state: State,
 }
 
 /// Head and tail of a queue; it is empty when they are equal.
@@ -74,24 +63,7 @@ type Pointers = (u32, u32);
 
 impl Emem {
     pub(crate) const fn new(channel: u32) -> Self {
-        Self { registers: Registers::of(channel), state: State::Unknown }
-    }
-
-    /// Sends a request and returns what comes back, as it is: the caller judges its content.
-    pub(crate) fn exchange(&mut self, bar0: &dyn Bar0, clock: &dyn Clock, request: &[u32]) -> Result<Vec<u32>, Fault> {
-        if self.state != State::Settled {
-            self.attach(bar0, clock)?;
-        }
-        self.state = State::Unsettled;
-        self.send(bar0, clock, request)?;
-        let reply = self.receive(bar0, clock)?;
-        self.state = State::Settled;
-        Ok(reply)
-    }
-
-    /// Tells that the last reply was not one to the request, so that another may still come.
-    pub(crate) const fn distrust(&mut self) {
-        self.state = State::Unsettled;
+        Self { registers: Registers::of(channel) }
     }
 
     fn commands(&self, bar0: &dyn Bar0) -> Result<Pointers, Fault> {
@@ -101,12 +73,14 @@ impl Emem {
     fn messages(&self, bar0: &dyn Bar0) -> Result<Pointers, Fault> {
         Ok((read_sane(bar0, self.registers.message_head)?, read_sane(bar0, self.registers.message_tail)?))
     }
+}
 
+impl Link for Emem {
     /// Leaves both queues empty. When they are not at the start, or an answer may still be on its way, that answer gets
     /// its time first, so that it does not come after the next request.
-    fn attach(&self, bar0: &dyn Bar0, clock: &dyn Clock) -> Result<(), Fault> {
+    fn attach(&self, bar0: &dyn Bar0, clock: &dyn Clock, state: State) -> Result<(), Fault> {
         let empty = |(head, tail)| head == tail;
-        if self.state == State::Unknown && empty(self.commands(bar0)?) && empty(self.messages(bar0)?) {
+        if state == State::Unknown && empty(self.commands(bar0)?) && empty(self.messages(bar0)?) {
             return Ok(());
         }
         let late = ATTACH.poll(clock, || Ok(Some(self.messages(bar0)?).filter(|pointers| !empty(*pointers))))?;
@@ -155,20 +129,14 @@ impl Emem {
             Ok(if plausible.is_some() && self.messages(bar0)? == seen { plausible } else { None })
         })?;
         let Some(size) = size else {
-            let waited_ms = millis(RECEIVE.timeout);
-            return Err(Fault::FspNoResponse { head: seen.0, tail: seen.1, waited_ms });
+            let mailbox = format!("message queue head {:#x}, tail {:#x}", seen.0, seen.1);
+            return Err(Fault::FspNoResponse { mailbox, waited_ms: millis(RECEIVE.timeout) });
         };
         bar0.write32(control, base | AUTO_INCREMENT)?;
         // The data window may rightly hold words that look like bus errors; the reply's own shape is checked instead.
         let reply = (0..size / 4).map(|_| bar0.read32(data)).collect::<Result<Vec<u32>, Fault>>()?;
         bar0.write32(message_tail, base)?;
-        match reply.as_slice() {
-            all if all.iter().all(|dword| *dword == u32::MAX) => Err(Fault::Bar0Dead { register: data }),
-            all if all.iter().all(|dword| is_pri_error(*dword)) => {
-                Err(Fault::PriError { register: data, value: all.first().copied().unwrap_or_default() })
-            }
-            _ => Ok(reply),
-        }
+        judge(data, reply)
     }
 }
 
@@ -179,21 +147,22 @@ fn reply_size(base: u32, (head, tail): Pointers) -> Option<u32> {
     plausible.then(|| tail - head + 4)
 }
 
-/// Whole milliseconds, for messages.
-pub(crate) fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::chip::Mailbox;
     use crate::fake::{FakeClock, FakeGpu, Noise, Quirk};
     use crate::knob::Knob;
+    use crate::mailbox::Fsp;
     use crate::message::Request;
 
-    fn read_ccm(gpu: &FakeGpu, emem: &mut Emem) -> Result<Option<u16>, Fault> {
+    fn fsp() -> Fsp {
+        Fsp::new(Mailbox::Emem(2))
+    }
+
+    fn read_ccm(gpu: &FakeGpu, emem: &mut Fsp) -> Result<Option<u16>, Fault> {
         let request = Request::Read(Knob::CCM);
         let reply = emem.exchange(&*gpu.bar0(), &gpu.clock, &request.dwords())?;
         request.reply(&reply)
@@ -202,7 +171,7 @@ mod tests {
     #[test]
     fn the_register_trace_is_that_of_example_1() {
         let gpu = FakeGpu::new();
-        assert_eq!(read_ccm(&gpu, &mut Emem::new(2)), Ok(Some(0)));
+        assert_eq!(read_ccm(&gpu, &mut fsp()), Ok(Some(0)));
         assert_eq!(
             gpu.writes(),
             [
@@ -246,7 +215,7 @@ mod tests {
         for (quirk, code) in table {
             let gpu = FakeGpu::new();
             gpu.quirk(quirk.clone());
-            let found = read_ccm(&gpu, &mut Emem::new(2)).unwrap_err();
+            let found = read_ccm(&gpu, &mut fsp()).unwrap_err();
             assert_eq!(found.code(), code, "{quirk:?}: {found}");
             let limit = ATTACH.timeout + SEND.timeout + RECEIVE.timeout + Duration::from_millis(30);
             assert!(gpu.clock.now() <= limit, "{quirk:?} took {:?}", gpu.clock.now());
@@ -258,10 +227,10 @@ mod tests {
         let gpu = FakeGpu::new();
         gpu.set_knob(Knob::CCM, 1);
         gpu.leave_message(&[0xc000_0000, 0x1510_de7e, 3, 0x13, 0, 0]);
-        assert_eq!(read_ccm(&gpu, &mut Emem::new(2)), Ok(Some(1)));
+        assert_eq!(read_ccm(&gpu, &mut fsp()), Ok(Some(1)));
 
         // The same in the middle of a conversation.
-        let mut emem = Emem::new(2);
+        let mut emem = fsp();
         assert_eq!(read_ccm(&gpu, &mut emem), Ok(Some(1)));
         gpu.leave_message(&[0xc000_0000, 0x1510_de7e, 3, 0x13, 0, 0]);
         assert_eq!(read_ccm(&gpu, &mut emem), Ok(Some(1)));
@@ -270,7 +239,7 @@ mod tests {
     #[test]
     fn a_late_reply_is_not_taken_for_the_next_one() {
         let gpu = FakeGpu::new();
-        let mut emem = Emem::new(2);
+        let mut emem = fsp();
         gpu.set_knob(Knob::CCM, 0);
         gpu.quirk(Quirk::Latency(Duration::from_secs(8)));
         assert_eq!(read_ccm(&gpu, &mut emem).unwrap_err().code(), "FspNoResponse");
@@ -284,14 +253,14 @@ mod tests {
     fn a_slow_reply_is_waited_for() {
         let gpu = FakeGpu::new();
         gpu.quirk(Quirk::Latency(Duration::from_millis(4_900)));
-        assert_eq!(read_ccm(&gpu, &mut Emem::new(2)), Ok(Some(0)));
+        assert_eq!(read_ccm(&gpu, &mut fsp()), Ok(Some(0)));
     }
 
     #[test]
     fn a_request_that_nobody_took_is_cleared_at_attach() {
         let gpu = FakeGpu::new();
         gpu.preset(&[(0x8f_2c10, 2048), (0x8f_2c14, 2060)]);
-        assert_eq!(read_ccm(&gpu, &mut Emem::new(2)), Ok(Some(0)));
+        assert_eq!(read_ccm(&gpu, &mut fsp()), Ok(Some(0)));
         assert_eq!(gpu.writes()[..4], [(0x8f_2c14, 0x800), (0x8f_2c10, 0x800), (0x8f_2c94, 0x800), (0x8f_2c90, 0x800)]);
     }
 
@@ -304,7 +273,7 @@ mod tests {
         fn any_register_contents_end_in_an_answer_or_an_error(words in prop::collection::vec(adversarial(), 1..40)) {
             let clock = FakeClock::default();
             let noise = Noise::new(words);
-            let mut emem = Emem::new(2);
+            let mut emem = fsp();
             let request = Request::Read(Knob::CCM);
             for _ in 0..3 {
                 let before = clock.now();

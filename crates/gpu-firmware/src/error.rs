@@ -119,6 +119,14 @@ pub enum Fault {
         /// First dword read.
         found: u32,
     },
+    /// The BAR firewall of a Blackwell GPU does not open after a reset.
+    #[error("BAR firewall still closed after {waited_ms} ms: its word in configuration space reads {word:08x}")]
+    FirewallClosed {
+        /// The word with the firewall's bit.
+        word: u32,
+        /// How long was waited, in milliseconds.
+        waited_ms: u64,
+    },
     /// BAR0 reads all ones although configuration space answers.
     #[error("BAR0 does not answer: register {register:#x} reads ffffffff")]
     Bar0Dead {
@@ -206,14 +214,20 @@ pub enum Fault {
         tail: u32,
     },
     /// The device's firmware did not answer in time.
-    #[error("Firmware did not answer within {waited_ms} ms: message queue head {head:#x}, tail {tail:#x}")]
+    #[error("Firmware did not answer within {waited_ms} ms: {mailbox}")]
     FspNoResponse {
-        /// Message queue head, as last read.
-        head: u32,
-        /// Message queue tail, as last read.
-        tail: u32,
+        /// The mailbox, as last read.
+        mailbox: String,
         /// How long was waited, in milliseconds.
         waited_ms: u64,
+    },
+    /// The firmware's MNOC mailbox does not work as it should.
+    #[error("Firmware mailbox: {what}; it reads {info:08x}")]
+    MnocError {
+        /// What is wrong.
+        what: &'static str,
+        /// RECV_INFO or SEND_INFO, whichever it is about.
+        info: u32,
     },
     /// The firmware's answer is not one to the question.
     #[error("Firmware answered wrongly: {reason}; reply {}", words(dwords))]
@@ -343,6 +357,12 @@ pub enum Fault {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// Somebody asked to stop before the device was reset. The mode it has now and at the next reset are those of before.
+    #[error("Stopped before the reset; {undone} knobs that were written have their former values again")]
+    Stopped {
+        /// Knobs that were written and written back.
+        undone: usize,
+    },
     /// The work on this device ended without a result: its thread could not be started or panicked.
     #[error("Work ended without a result: {what}")]
     Interrupted {
@@ -362,6 +382,7 @@ impl Fault {
             Self::UnexpectedContent { .. } => "UnexpectedContent",
             Self::OffBus { .. } => "OffBus",
             Self::DeviceChanged { .. } => "DeviceChanged",
+            Self::FirewallClosed { .. } => "FirewallClosed",
             Self::Bar0Dead { .. } => "Bar0Dead",
             Self::NoBar0 => "NoBar0",
             Self::OutsideBar0 { .. } => "OutsideBar0",
@@ -373,6 +394,7 @@ impl Fault {
             Self::PriError { .. } => "PriError",
             Self::FspBusy { .. } => "FspBusy",
             Self::FspNoResponse { .. } => "FspNoResponse",
+            Self::MnocError { .. } => "MnocError",
             Self::FspProtocol { .. } => "FspProtocol",
             Self::FspError { .. } => "FspError",
             Self::KnobUnsupported { .. } => "KnobUnsupported",
@@ -389,8 +411,22 @@ impl Fault {
             Self::OwnershipChanged { .. } => "OwnershipChanged",
             Self::NoGroupFile { .. } => "NoGroupFile",
             Self::UnsafePath { .. } => "UnsafePath",
+            Self::Stopped { .. } => "Stopped",
             Self::Interrupted { .. } => "Interrupted",
         }
+    }
+
+    /// Whether the way to the firmware is blocked in a manner that a reset may clear.
+    pub(crate) const fn is_mailbox_stuck(&self) -> bool {
+        matches!(self, Self::FspBusy { .. } | Self::FspNoResponse { .. } | Self::MnocError { .. })
+    }
+
+    /// Whether a device whose configuration space answers did not come back from a reset.
+    pub(crate) const fn is_missing_after_reset(&self) -> bool {
+        matches!(
+            self,
+            Self::BootTimeout { .. } | Self::FirewallClosed { .. } | Self::Bar0Dead { .. } | Self::PriError { .. }
+        )
     }
 
     /// The cure, in one line.
@@ -419,11 +455,13 @@ impl Fault {
             Self::Recovery { .. } => "power-cycle the host; if it returns, update or repair the device's firmware",
             Self::UnknownDevice { .. } => "use a version of ccnode that knows this device, or take it off this node",
             Self::Unsupported { .. } => "choose a mode and a device that this version supports",
-            Self::BootTimeout { .. } => {
+            Self::BootTimeout { .. } | Self::FirewallClosed { .. } => {
                 "try again; if it stays so, power-cycle the host and check the device's firmware"
             }
             Self::PriError { .. } => "try again; if it stays so, reset the device or power-cycle the host",
-            Self::FspBusy { .. } => "shut down any virtual machine that had the GPU, reset the GPU, then try again",
+            Self::FspBusy { .. } | Self::MnocError { .. } => {
+                "shut down any virtual machine that had the GPU, reset the GPU, then try again"
+            }
             Self::FspNoResponse { .. } | Self::FspProtocol { .. } => {
                 "reset the device, then try again; if it stays so, update its firmware"
             }
@@ -450,7 +488,7 @@ impl Fault {
                 "use a kernel with VFIO group files (CONFIG_VFIO_GROUP), and an IOMMU turned on"
             }
             Self::UnsafePath { .. } => "make it a folder owned by root that nobody else can write to",
-            Self::Interrupted { .. } => "try again",
+            Self::Stopped { .. } | Self::Interrupted { .. } => "try again",
         }
     }
 

@@ -45,6 +45,8 @@ pub(crate) enum Quirk {
     },
     DropReplies,
     IgnoresRequests,
+    /// As `IgnoresRequests`, until it is reset.
+    WedgedUntilReset,
     Reply(Vec<u32>),
     Latency(Duration),
     ReplyAt {
@@ -69,6 +71,8 @@ pub(crate) enum Quirk {
     DiesAtReset,
     /// Boots once, and after a reset no more.
     HangsAtReset,
+    /// The same, until a bus reset.
+    HangsUntilBusReset,
 }
 
 struct State {
@@ -140,8 +144,8 @@ impl FakeGpu {
     }
 
     pub(crate) fn put_in_mode(&self, mode: Mode) {
-        for knob in knob::ALL {
-            self.set_knob(knob, 0);
+        for knob in GH100.knobs {
+            self.set_knob(*knob, 0);
         }
         for (knob, value) in knob::vector(&GH100, mode) {
             self.set_knob(knob, value);
@@ -270,7 +274,7 @@ impl State {
     /// The FSP at work: one request in, one reply out.
     fn serve(&mut self, now: Duration) {
         let length = usize::try_from((self.pointers[1] - self.pointers[0]) / 4 + 1).unwrap();
-        if self.has(&Quirk::IgnoresRequests) {
+        if self.has(&Quirk::IgnoresRequests) || self.has(&Quirk::WedgedUntilReset) {
             return;
         }
         let request = self.window[..length].to_vec();
@@ -394,7 +398,8 @@ impl Reset for FakeGpu {
         if state.has(&Quirk::DiesAtReset) {
             state.quirks.push(Quirk::ConfigDead);
         }
-        if state.has(&Quirk::HangsAtReset) {
+        state.quirks.retain(|quirk| *quirk != Quirk::WedgedUntilReset);
+        if state.has(&Quirk::HangsAtReset) || state.has(&Quirk::HangsUntilBusReset) {
             state.quirks.push(Quirk::BootTime(Duration::MAX));
         }
         if !state.has(&Quirk::ModeStuck) {
@@ -402,6 +407,16 @@ impl Reset for FakeGpu {
         }
         (state.pointers, state.control, state.reply, state.up_since) = ([0; 4], 0, None, now);
         Ok(())
+    }
+
+    fn bus_reset(&mut self) -> Result<(), Fault> {
+        let is_possible = {
+            let mut state = self.state();
+            let is_possible = state.has(&Quirk::HangsUntilBusReset);
+            state.quirks.retain(|quirk| !matches!(quirk, Quirk::HangsUntilBusReset | Quirk::BootTime(_)));
+            is_possible
+        };
+        if is_possible { self.reset() } else { Err(Fault::ResetUnavailable { methods: "flr".into() }) }
     }
 }
 

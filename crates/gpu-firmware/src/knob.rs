@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::chip::Chip;
+use crate::chip::{Chip, Family};
 use crate::mode::Mode;
 
 /// A knob by its number (gpu-cc-protocol section 4.10).
@@ -115,76 +115,110 @@ impl Step {
     }
 }
 
-/// The steps that bring `chip` to `target`, in the order that no interruption can turn into a forbidden vector
+/// The steps that bring `chip` to `target`, in the order that no interruption can turn into a [`forbidden`] vector
 /// (gpu-cc-protocol section 6.2, with the complete vectors of section 6.3): PPCIe and the unnamed knobs first, then the
 /// decoupler, then CCM before CCD when confidential computing is wanted and CCD before CCM when it is not; PPCIE = 1 last.
 ///
-/// The first step of the CC modes reads PPCIE; a firmware that does not know that knob says so there, and the steps that
-/// set it to 0 are then left out.
+/// The first step of Hopper's CC modes reads PPCIE, and that of PPCIe reads CCM: a firmware too old for the mode says so
+/// there, before anything is written.
 pub fn steps(chip: &Chip, target: Mode) -> Vec<Step> {
     let unnamed = [Knob::K2, Knob::K4, Knob::K34].map(|knob| Step::set(knob, 0));
     let no_ppcie = Step::set(Knob::PPCIE, 0);
     let decoupler = |value| Step::set(Knob::BAR0_DECOUPLER, value);
+    let ccm = |value| Step::set(Knob::CCM, value);
+    let ccd = |value| Step::set(Knob::CCD, value);
+    let is_devtools = u16::from(target == Mode::Devtools);
     let mut steps = Vec::with_capacity(8);
-    match target {
-        Mode::On | Mode::Devtools => {
+    match (chip.family, target) {
+        (Family::Blackwell, Mode::On | Mode::Devtools) => steps.extend([ccm(1), ccd(is_devtools)]),
+        // Blackwell has no PPCIe mode (`Support::target`); its knobs are then those of off.
+        (Family::Blackwell, Mode::Off | Mode::Ppcie) => steps.extend([ccd(0), ccm(0)]),
+        (Family::Hopper, Mode::On | Mode::Devtools) => {
             steps.push(Step::look(Knob::PPCIE));
             steps.extend(unnamed);
             steps.push(no_ppcie);
             steps.push(decoupler(if target == Mode::On { chip.decoupler_on } else { 0 }));
-            steps.push(Step::set(Knob::CCM, 1));
-            steps.push(Step::set(Knob::CCD, u16::from(target == Mode::Devtools)));
+            steps.extend([ccm(1), ccd(is_devtools)]);
         }
-        Mode::Off => {
-            steps.push(no_ppcie);
-            steps.push(decoupler(0));
-            steps.push(Step::set(Knob::CCD, 0));
-            steps.push(Step::set(Knob::CCM, 0));
+        // Neither has a switch a CC mode: it is off while the GPUs are in one.
+        (Family::Hopper, Mode::Off) | (Family::Switch, Mode::Off | Mode::On | Mode::Devtools) => {
+            steps.extend([no_ppcie, decoupler(0), ccd(0), ccm(0)]);
         }
-        Mode::Ppcie => {
+        (Family::Hopper | Family::Switch, Mode::Ppcie) => {
             steps.push(Step::look(Knob::CCM));
             steps.extend(unnamed);
-            steps.push(Step::set(Knob::CCD, 0));
-            steps.push(Step::set(Knob::CCM, 0));
-            steps.push(decoupler(chip.decoupler_on));
-            steps.push(Step::set(Knob::PPCIE, 1));
+            steps.extend([ccd(0), ccm(0), decoupler(chip.decoupler_on), Step::set(Knob::PPCIE, 1)]);
         }
     }
     steps
 }
 
-/// The knobs that make up `target` on `chip`, and their values. A firmware without the PPCIE knob counts as one where it
-/// is 0.
+/// The knobs that make up `target` on `chip`, and their values.
 pub fn vector(chip: &Chip, target: Mode) -> Vec<(Knob, u16)> {
     steps(chip, target).into_iter().filter_map(|step| Some((step.knob, step.value?))).collect()
 }
 
-/// Whether `knobs` are those of `target`: each knob of its vector was read and has its value.
+/// Whether a firmware that does not know `knob` can still have it at `wanted` (none: it is only looked at).
+pub(crate) fn may_be_absent(chip: &Chip, target: Mode, knob: Knob, wanted: Option<u16>) -> bool {
+    // A Hopper firmware without one of PPCIe's knobs is too old for PPCIe.
+    let strict = chip.family == Family::Hopper && target == Mode::Ppcie;
+    chip.optional.contains(&knob) && wanted.is_none_or(|wanted| wanted == 0) && !strict
+}
+
+/// Whether `knobs` are those of `target`: each knob of its vector was read and has its value. One that the firmware does
+/// not know counts as 0 where it may be missing (PPCIE on Hopper, any on a switch).
 pub fn matches(chip: &Chip, target: Mode, knobs: &[KnobState]) -> bool {
     vector(chip, target).into_iter().all(|(knob, wanted)| {
         knobs.iter().rfind(|state| state.knob == knob).is_some_and(|state| match state.value {
             Some(value) => value == wanted,
-            None => knob == Knob::PPCIE && wanted == 0,
+            None => may_be_absent(chip, target, knob, Some(wanted)),
         })
     })
 }
 
 /// The mode that `knobs` ask for at the next reset, when they are a complete vector of one.
 pub fn configured(chip: &Chip, knobs: &[KnobState]) -> Option<Mode> {
-    Mode::ALL.into_iter().find(|mode| matches(chip, *mode, knobs))
+    let modes: &[Mode] = match chip.family {
+        Family::Hopper => &Mode::ALL,
+        Family::Blackwell => &[Mode::Off, Mode::On, Mode::Devtools],
+        Family::Switch => &[Mode::Off, Mode::Ppcie],
+    };
+    modes.iter().copied().find(|mode| matches(chip, *mode, knobs))
 }
 
-/// Every knob that belongs to the vector of some mode, in the order they are read for a look.
-pub(crate) const ALL: [Knob; 7] =
-    [Knob::CCM, Knob::CCD, Knob::BAR0_DECOUPLER, Knob::PPCIE, Knob::K2, Knob::K4, Knob::K34];
+/// What no reset may make effective: one knob on together with another one on or off, and what that would be.
+struct Forbidden {
+    on: Knob,
+    with: (Knob, bool),
+    what: &'static str,
+}
+
+/// The forbidden vectors. Whatever is not listed is allowed between two modes: CCM without the decoupler (confidential,
+/// without the filter before BAR0), and the decoupler alone, both of which section 6.2 writes on its way; what firmware makes
+/// of the latter is not known, and nothing relies on it.
+const FORBIDDEN: [Forbidden; 2] = [
+    Forbidden {
+        on: Knob::CCD,
+        with: (Knob::CCM, false),
+        what: "developer's tools without confidential computing (state 2)",
+    },
+    Forbidden { on: Knob::CCM, with: (Knob::PPCIE, true), what: "confidential computing together with protected PCIe" },
+];
+
+/// What a vector would be that no reset may make effective; none for those that are allowed between two modes. Knobs that
+/// are not in `knobs` or that the firmware does not know count as 0.
+pub fn forbidden(knobs: &[KnobState]) -> Option<&'static str> {
+    let is_on = |knob| knobs.iter().rfind(|state| state.knob == knob).is_some_and(|state| state.value > Some(0));
+    FORBIDDEN.iter().find(|row| is_on(row.on) && is_on(row.with.0) == row.with.1).map(|row| row.what)
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chip::GH100;
+    use crate::chip::{GB10X, GB20X, GH100, LS10};
 
-    fn text(target: Mode) -> String {
-        let steps = steps(&GH100, target);
+    fn text(chip: &Chip, target: Mode) -> String {
+        let steps = steps(chip, target);
         let words: Vec<String> = steps
             .iter()
             .map(|step| step.value.map_or_else(|| step.knob.0.to_string(), |value| format!("{}={value}", step.knob.0)))
@@ -192,57 +226,123 @@ mod tests {
         words.join(" ")
     }
 
+    /// The modes that a device of this chip can have.
+    fn modes(chip: &Chip) -> Vec<Mode> {
+        Mode::ALL.into_iter().filter(|mode| configured(chip, &complete(chip, *mode)) == Some(*mode)).collect()
+    }
+
+    /// Every knob of the chip as it is in a mode.
+    fn complete(chip: &Chip, mode: Mode) -> Vec<KnobState> {
+        let vector = vector(chip, mode);
+        let value = |knob| vector.iter().find(|(other, _)| *other == knob).map_or(0, |(_, value)| *value);
+        chip.knobs.iter().map(|knob| KnobState { knob: *knob, value: Some(value(*knob)) }).collect()
+    }
+
+    const CHIPS: [&Chip; 4] = [&GH100, &GB10X, &GB20X, &LS10];
+
     #[test]
     fn orders_are_those_of_section_6_2() {
-        let table = [
-            (Mode::On, "45 2=0 4=0 34=0 45=0 10=2 8=1 6=0"),
-            (Mode::Devtools, "45 2=0 4=0 34=0 45=0 10=0 8=1 6=1"),
-            (Mode::Off, "45=0 10=0 6=0 8=0"),
-            (Mode::Ppcie, "8 2=0 4=0 34=0 6=0 8=0 10=2 45=1"),
+        let table: [(&Chip, Mode, &str); 10] = [
+            (&GH100, Mode::On, "45 2=0 4=0 34=0 45=0 10=2 8=1 6=0"),
+            (&GH100, Mode::Devtools, "45 2=0 4=0 34=0 45=0 10=0 8=1 6=1"),
+            (&GH100, Mode::Off, "45=0 10=0 6=0 8=0"),
+            (&GH100, Mode::Ppcie, "8 2=0 4=0 34=0 6=0 8=0 10=2 45=1"),
+            (&GB10X, Mode::On, "8=1 6=0"),
+            (&GB20X, Mode::Devtools, "8=1 6=1"),
+            (&GB20X, Mode::Off, "6=0 8=0"),
+            (&LS10, Mode::Ppcie, "8 2=0 4=0 34=0 6=0 8=0 10=0 45=1"),
+            (&LS10, Mode::Off, "45=0 10=0 6=0 8=0"),
+            (&LS10, Mode::On, "45=0 10=0 6=0 8=0"),
         ];
-        for (target, expected) in table {
-            assert_eq!(text(target), expected, "{target}");
+        for (chip, target, expected) in table {
+            assert_eq!(text(chip, target), expected, "{} {target}", chip.name);
         }
     }
 
     #[test]
     fn a_vector_matches_its_own_mode_alone() {
-        for mode in Mode::ALL {
-            let mut knobs: Vec<KnobState> =
-                vector(&GH100, mode).into_iter().map(|(knob, value)| KnobState { knob, value: Some(value) }).collect();
-            for knob in ALL {
-                if !knobs.iter().any(|state| state.knob == knob) {
-                    knobs.push(KnobState { knob, value: Some(0) });
-                }
+        assert_eq!(CHIPS.map(|chip| modes(chip).len()), [4, 3, 3, 2]);
+        for chip in CHIPS {
+            for mode in modes(chip) {
+                let mut knobs = complete(chip, mode);
+                let others = modes(chip).into_iter().filter(|other| *other != mode);
+                assert!(others.into_iter().all(|other| !matches(chip, other, &knobs)));
+                knobs.retain(|state| state.knob != Knob::CCD);
+                assert!(!matches(chip, mode, &knobs), "an unread knob proves nothing");
             }
-            assert_eq!(configured(&GH100, &knobs), Some(mode));
-            let others = Mode::ALL.into_iter().filter(|other| *other != mode);
-            assert!(others.into_iter().all(|other| !matches(&GH100, other, &knobs)));
-            knobs.retain(|state| state.knob != Knob::CCD);
-            assert!(!matches(&GH100, mode, &knobs), "an unread knob proves nothing");
         }
     }
 
     #[test]
-    fn absent_ppcie_is_off_and_never_on() {
-        let knobs = |mode| -> Vec<KnobState> {
-            vector(&GH100, mode)
-                .into_iter()
-                .map(|(knob, value)| KnobState { knob, value: (knob != Knob::PPCIE).then_some(value) })
-                .collect()
+    fn what_may_be_absent_counts_as_off_and_never_as_on() {
+        let without = |chip, mode, knob| -> Vec<KnobState> {
+            let absent = |state: KnobState| KnobState { value: state.value.filter(|_| state.knob != knob), ..state };
+            complete(chip, mode).into_iter().map(absent).collect()
         };
         for mode in [Mode::Off, Mode::On, Mode::Devtools] {
-            assert!(matches(&GH100, mode, &knobs(mode)), "{mode}");
+            assert!(matches(&GH100, mode, &without(&GH100, mode, Knob::PPCIE)), "{mode}");
+            assert!(!matches(&GH100, mode, &without(&GH100, mode, Knob::CCM)), "{mode}");
         }
-        assert!(!matches(&GH100, Mode::Ppcie, &knobs(Mode::Ppcie)));
+        assert!(!matches(&GH100, Mode::Ppcie, &without(&GH100, Mode::Ppcie, Knob::PPCIE)));
+        for knob in [Knob::CCM, Knob::CCD, Knob::BAR0_DECOUPLER, Knob::K34] {
+            assert!(matches(&LS10, Mode::Ppcie, &without(&LS10, Mode::Ppcie, knob)), "{knob}");
+        }
+        assert!(!matches(&LS10, Mode::Ppcie, &without(&LS10, Mode::Ppcie, Knob::PPCIE)));
+        assert!(!matches(&GB10X, Mode::Off, &without(&GB10X, Mode::Off, Knob::CCD)));
     }
 
     #[test]
     fn every_knob_that_is_written_has_a_permission() {
-        for mode in Mode::ALL {
-            for (knob, _) in vector(&GH100, mode) {
+        for (chip, mode) in CHIPS.into_iter().flat_map(|chip| Mode::ALL.map(|mode| (chip, mode))) {
+            for (knob, _) in vector(chip, mode) {
                 assert_eq!(knob.permission(), Some(Knob(knob.0 - 1)));
+                assert!(chip.knobs.contains(&knob), "{knob} is looked at");
             }
+        }
+    }
+
+    /// Whatever the knobs are, as long as they are allowed, every knob written on the way to any mode leaves them allowed:
+    /// a change may be cut short anywhere.
+    #[test]
+    fn no_step_leads_to_a_forbidden_vector() {
+        let mut transitions = 0;
+        for chip in CHIPS {
+            let values = |knob: &Knob| if *knob == Knob::BAR0_DECOUPLER { vec![0, 1, 2] } else { vec![0, 1] };
+            let mut starts: Vec<Vec<KnobState>> = vec![Vec::new()];
+            for knob in chip.knobs {
+                let with = |start: Vec<KnobState>| {
+                    let state = |value| KnobState { knob: *knob, value: Some(value) };
+                    values(knob).into_iter().map(move |value| [start.clone(), vec![state(value)]].concat())
+                };
+                starts = starts.into_iter().flat_map(with).collect();
+            }
+            for (start, target) in
+                starts.iter().flat_map(|start| modes(chip).into_iter().map(move |mode| (start, mode)))
+            {
+                let mut knobs = start.clone();
+                for (knob, value) in vector(chip, target) {
+                    let was_forbidden = forbidden(&knobs).is_some();
+                    let state = knobs.iter_mut().find(|state| state.knob == knob).unwrap();
+                    state.value = Some(value);
+                    assert!(was_forbidden || forbidden(&knobs).is_none(), "{} {target}: {start:?}", chip.name);
+                }
+                assert_eq!((configured(chip, &knobs), forbidden(&knobs)), (Some(target), None));
+                transitions += 1;
+            }
+        }
+        // Chips by their vectors and modes: 2^6 * 3 * 4, 2 * (2^2 * 3), 2^6 * 3 * 2.
+        assert_eq!(transitions, 768 + 24 + 384);
+    }
+
+    #[test]
+    fn forbidden_vectors_are_the_two_that_no_mode_has() {
+        let state = |knobs: &[(Knob, u16)]| -> Vec<KnobState> {
+            knobs.iter().map(|(knob, value)| KnobState { knob: *knob, value: Some(*value) }).collect()
+        };
+        assert!(forbidden(&state(&[(Knob::CCD, 1)])).unwrap().contains("state 2"));
+        assert!(forbidden(&state(&[(Knob::CCM, 1), (Knob::PPCIE, 1)])).unwrap().contains("protected PCIe"));
+        for allowed in [&[][..], &[(Knob::BAR0_DECOUPLER, 2)], &[(Knob::CCM, 1)], &[(Knob::CCM, 1), (Knob::CCD, 1)]] {
+            assert_eq!(forbidden(&state(allowed)), None, "{allowed:?}");
         }
     }
 }

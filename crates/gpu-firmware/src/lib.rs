@@ -25,8 +25,7 @@
 //! # }
 //! ```
 //!
-//! This version drives Hopper GPUs through sysfs while their VFIO group files are held. Other devices are refused by
-//! name, with the reason.
+//! Hopper and Blackwell GPUs and LS10 switches are driven; other devices are refused by name, with the reason.
 
 #![deny(unsafe_code)]
 
@@ -38,11 +37,14 @@ mod emem;
 mod error;
 mod knob;
 mod lock;
+mod mailbox;
 mod message;
 #[allow(unsafe_code, reason = "register access through a mapping; every block states why it is sound")]
 mod mmap;
+mod mnoc;
 mod mode;
 mod ownership;
+mod plan;
 mod sysfs;
 mod transition;
 
@@ -50,12 +52,13 @@ mod transition;
 mod fake;
 
 pub use access::{BackEnd, Bar0, Reset};
-pub use chip::{Chip, GH100, Support};
+pub use chip::{Chip, GB10X, GB20X, GH100, LS10, Support};
 pub use clock::{Clock, SystemClock};
 pub use device::{Device, Observed, Staged};
 pub use error::{Error, Fault, Holder};
-pub use knob::{Knob, KnobState, KnobWrite, Step, configured, matches, steps, vector};
+pub use knob::{Knob, KnobState, KnobWrite, Step, configured, forbidden, matches, steps, vector};
 pub use lock::DeviceLock;
 pub use mode::{Effective, Mode, ModeError};
 pub use ownership::{Hold, OwnedDevice, Ownership, Places, Refused, group_holders, group_is_free};
+pub use plan::{NodePlan, Part, PlannedDevice};
 pub use transition::{DeviceDone, DeviceOutcome, Milestone, NodeOutcome, Observer, Progress, Transaction};

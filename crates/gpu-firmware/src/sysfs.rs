@@ -15,8 +15,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use crate::access::{BackEnd, Bar0, Reset};
-use crate::clock::{Clock, Wait};
-use crate::emem::millis;
+use crate::clock::{Clock, Wait, millis};
 use crate::error::Fault;
 use crate::mmap::MappedBar0;
 use crate::ownership::OwnedDevice;

@@ -2,8 +2,13 @@
 //!
 //! A device that fails stops nobody else, and makes the node's outcome a failure. A device that is right already is
 //! not reset. Interrupted anywhere, the next run finishes: what is to be done comes from the devices alone.
+//!
+//! Two failures are given a second chance, once each. A firmware mailbox that does not work any more is emptied by a reset
+//! (gpu-cc-protocol section 10.2), and the device is then staged anew. A device that does not come back after its reset
+//! is given a bus reset, where the kernel knows one that concerns no other device.
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -43,10 +48,20 @@ pub enum Milestone {
         /// Whether it will be reset.
         reset_needed: bool,
     },
+    /// Its firmware's mailbox does not work; it will be reset, and then staged again.
+    MailboxStuck {
+        /// What is wrong with it.
+        error: Error,
+    },
     /// Its reset was asked for.
     ResetBegun,
     /// The kernel has reset it.
     ResetDone,
+    /// It did not come back after its reset; a bus reset was asked for.
+    BusResetBegun {
+        /// How it did not come back.
+        error: Error,
+    },
     /// It has booted again.
     Booted,
     /// It is in the target mode, effective and knobs.
@@ -68,8 +83,10 @@ impl fmt::Display for Progress {
                 let reset = if *reset_needed { "reset needed" } else { "no reset needed" };
                 write!(f, "staged, {writes} knobs written, booted with {effective}, {reset}")
             }
+            Milestone::MailboxStuck { error } => write!(f, "to be reset and staged again: {}", error.fault),
             Milestone::ResetBegun => f.write_str("reset begun"),
             Milestone::ResetDone => f.write_str("reset done"),
+            Milestone::BusResetBegun { error } => write!(f, "bus reset begun: {}", error.fault),
             Milestone::Booted => f.write_str("booted"),
             Milestone::Verified => f.write_str("verified"),
             Milestone::Failed { error } => write!(f, "failed: {}", error.fault),
@@ -81,6 +98,12 @@ impl fmt::Display for Progress {
 pub trait Observer: Sync {
     /// Something happened.
     fn progress(&self, progress: &Progress);
+
+    /// Whether to stop where nothing has been lost yet: until the first reset. The devices then get back the knobs they
+    /// had ([`Fault::Stopped`]). A transaction whose resets have begun goes on to its end.
+    fn is_stopping(&self) -> bool {
+        false
+    }
 }
 
 impl<F: Fn(&Progress) + Sync> Observer for F {
@@ -92,7 +115,9 @@ impl<F: Fn(&Progress) + Sync> Observer for F {
 /// A device that has reached the target.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceDone {
-    /// The mode it booted with: the target.
+    /// Its own mode in the node's target: a switch of a node with CC is off.
+    pub mode: Mode,
+    /// The mode it booted with: the same.
     pub effective: Effective,
     /// Its knobs: the target's.
     pub knobs: Vec<KnobState>,
@@ -118,7 +143,7 @@ pub struct DeviceOutcome {
 /// How it went with all of them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeOutcome {
-    /// The mode that was wanted.
+    /// The mode that was wanted of the node.
     pub target: Mode,
     /// One outcome a device, in the order of the ownership.
     pub devices: Vec<DeviceOutcome>,
@@ -150,13 +175,13 @@ impl<'a> Transaction<'a> {
         Self { devices: ownership.devices() }
     }
 
-    /// Brings every device to `target`, or says of each why not. Returns when all are done; every wait within has a
-    /// deadline.
+    /// Brings every device to its own mode in the node's mode `target`, or says of each why not. Returns when all are done;
+    /// every wait within has a deadline.
     pub fn run(&self, target: Mode, observer: &dyn Observer) -> NodeOutcome {
         let openers = self.devices.iter().map(|owned| {
             let open = move || {
                 // Before the device is woken up: whether this mode is for it.
-                let supported = Support::of(owned.function()).and_then(|support| support.check(target));
+                let supported = Support::of(owned.function()).and_then(|support| support.target(target));
                 supported.map_err(|fault| Error::new(owned.bdf(), fault))?;
                 Device::open(owned)
             };
@@ -180,34 +205,86 @@ where
     let stage = |bdf: Bdf, open: F| {
         tell(bdf, Milestone::Begun);
         let mut device = open()?;
-        let staged = device.stage(target, &mut |write| tell(bdf, Milestone::Written(*write)))?;
+        let staged = stage(&mut device, target, observer, &|what| tell(bdf, what))?;
         let Staged { effective, reset_needed, .. } = staged;
         tell(bdf, Milestone::Staged { effective, writes: staged.written.len(), reset_needed });
         Ok((device, staged))
     };
-    let finish = |bdf: Bdf, staged: Result<(Device, Staged), Error>| {
-        let (mut device, Staged { mut effective, mut knobs, written, reset_needed }) = staged?;
+    let finish = |bdf: Bdf, (mut device, staged): (Device, Staged)| {
+        let Staged { mut effective, mut knobs, written, reset_needed } = staged;
+        let tell = |what| tell(bdf, what);
         if reset_needed {
-            tell(bdf, Milestone::ResetBegun);
-            device.reset()?;
-            tell(bdf, Milestone::ResetDone);
-            device.wait_boot()?;
-            tell(bdf, Milestone::Booted);
+            reset(&mut device, &tell)?;
             Observed { effective, knobs, .. } = device.verify(target)?;
         }
         // Without a reset, staging has read the effective mode and every knob of the target, and found them right.
-        tell(bdf, Milestone::Verified);
+        tell(Milestone::Verified);
+        let mode = device.support().target(target).map_err(|fault| Error::new(bdf, fault))?;
         let (verified_at, took) = (SystemTime::now(), start.elapsed());
-        Ok(DeviceDone { effective, knobs, written, was_reset: reset_needed, verified_at, took })
+        Ok(DeviceDone { mode, effective, knobs, written, was_reset: reset_needed, verified_at, took })
     };
-    let finish = |bdf: Bdf, staged| {
-        finish(bdf, staged).inspect_err(|error: &Error| tell(bdf, Milestone::Failed { error: error.clone() }))
+    let undo = |bdf: Bdf, (mut device, staged): (Device, Staged)| {
+        let undone = device.unstage(&staged.written)?;
+        Err(Error::new(bdf, Fault::Stopped { undone }))
     };
     // All are staged before any is reset: a device that cannot be staged is known before the first goes down.
     let staged = parallel(devices, stage);
-    let finished = parallel(staged, finish);
+    let is_stopping = observer.is_stopping();
+    let finished = parallel(staged, |bdf, staged: Result<(Device, Staged), Error>| {
+        let result = staged.and_then(|staged| if is_stopping { undo(bdf, staged) } else { finish(bdf, staged) });
+        result.inspect_err(|error| tell(bdf, Milestone::Failed { error: error.clone() }))
+    });
     let devices = finished.into_iter().map(|(bdf, result)| DeviceOutcome { bdf, result }).collect();
     NodeOutcome { target, devices, took: start.elapsed() }
+}
+
+/// Stages a device, after a reset if its mailbox turns out not to work.
+fn stage(
+    device: &mut Device,
+    target: Mode,
+    observer: &dyn Observer,
+    tell: &dyn Fn(Milestone),
+) -> Result<Staged, Error> {
+    let attempt = |device: &mut Device| {
+        if observer.is_stopping() {
+            return Err(Error::new(device.bdf(), Fault::Stopped { undone: 0 }));
+        }
+        device.stage(target, &mut |write| {
+            tell(Milestone::Written(*write));
+            if observer.is_stopping() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+    };
+    let error = match attempt(device) {
+        Err(error) if error.fault.is_mailbox_stuck() && !observer.is_stopping() => error,
+        other => return other,
+    };
+    tell(Milestone::MailboxStuck { error });
+    reset(device, tell)?;
+    attempt(device)
+}
+
+/// Resets a device and waits until it has booted; tries a bus reset if it does not.
+fn reset(device: &mut Device, tell: &dyn Fn(Milestone)) -> Result<(), Error> {
+    tell(Milestone::ResetBegun);
+    device.reset()?;
+    tell(Milestone::ResetDone);
+    let booted = match device.wait_boot() {
+        Err(error) if error.fault.is_missing_after_reset() => {
+            tell(Milestone::BusResetBegun { error: error.clone() });
+            match device.bus_reset() {
+                Ok(()) => {
+                    tell(Milestone::ResetDone);
+                    device.wait_boot()
+                }
+                Err(refused) => {
+                    tracing::warn!(device = %device.bdf(), "no bus reset: {}", refused.fault);
+                    Err(error)
+                }
+            }
+        }
+        other => other,
+    };
+    booted.inspect(|()| tell(Milestone::Booted))
 }
 
 /// Does `act` with all items at once, each on a thread of its own, and returns what came of each, in order.
@@ -306,12 +383,12 @@ mod tests {
     fn pending_knobs_are_not_mistaken_for_the_mode() {
         let gpus = three();
         // Staged `on` and interrupted before the reset; then `off` is wanted again: effective is off already.
-        gpus[0].device().stage(Mode::On, &mut |_| {}).unwrap();
+        gpus[0].device().stage(Mode::On, &mut |_| ControlFlow::Continue(())).unwrap();
         let (outcome, _) = transact(&gpus, Mode::Off);
         assert!(outcome.all_verified());
         assert_eq!(gpus[0].requests_after_reset_are_vector_of(Mode::Off), Ok(()));
         // And the other way: knobs say `on`, the device has not been reset.
-        gpus[1].device().stage(Mode::On, &mut |_| {}).unwrap();
+        gpus[1].device().stage(Mode::On, &mut |_| ControlFlow::Continue(())).unwrap();
         let (outcome, _) = transact(&gpus, Mode::On);
         assert!(outcome.all_verified());
         assert!(outcome.devices[1].result.as_ref().unwrap().was_reset);
@@ -321,7 +398,8 @@ mod tests {
     fn one_failure_stops_nobody_else_and_fails_the_node() {
         let table = [
             (Quirk::UnknownKnob(crate::Knob::CCM), "KnobUnsupported", 0),
-            (Quirk::DropReplies, "FspNoResponse", 0),
+            // Once to free its mailbox, in vain.
+            (Quirk::DropReplies, "FspNoResponse", 1),
             (Quirk::ResetFails(nix::errno::Errno::EIO), "ResetFailed", 0),
             (Quirk::DiesAtReset, "OffBus", 1),
             (Quirk::HangsAtReset, "BootTimeout", 1),
@@ -355,9 +433,68 @@ mod tests {
     }
 
     #[test]
+    fn a_second_chance_is_given_where_a_reset_may_help() {
+        let staged = ["knob BAR0_DECOUPLER (10) 0 -> 2", "knob CCM (8) 0 -> 1"];
+        let once = ["staged, 2 knobs written, booted with off, reset needed", "reset begun", "reset done"];
+        let stuck =
+            "to be reset and staged again: Firmware did not answer within 5000 ms: message queue head 0x0, tail 0x0";
+        let late = "bus reset begun: Did not finish booting within 5000 ms: register 0x200bc reads 00000000, wanted \
+                    000000ff; FSP status 000000f0 000000f1 000000f2 000000f3";
+        let wedged = [&["begun", stuck][..], &once[1..], &["booted"], &staged, &once, &["booted", "verified"]].concat();
+        let hung = [&["begun"][..], &staged, &once, &[late, "reset done", "booted", "verified"]].concat();
+        for (quirk, steps) in [(Quirk::WedgedUntilReset, wedged), (Quirk::HangsUntilBusReset, hung)] {
+            let gpu = FakeGpu::new();
+            gpu.quirk(quirk.clone());
+            let (outcome, seen) = transact(std::slice::from_ref(&gpu), Mode::On);
+            assert!(outcome.all_verified(), "{quirk:?}: {outcome:?}");
+            let found: Vec<String> = seen.iter().map(|progress| progress.to_string()[14..].to_owned()).collect();
+            assert_eq!(found, steps, "{quirk:?}");
+            assert_eq!(gpu.resets(), 2);
+        }
+    }
+
+    /// Stops the transaction once `after` knobs have been written.
+    struct StopAfter {
+        after: usize,
+        seen: Mutex<Vec<Progress>>,
+    }
+
+    impl Observer for StopAfter {
+        fn progress(&self, progress: &Progress) {
+            self.seen.lock().unwrap().push(progress.clone());
+        }
+
+        fn is_stopping(&self) -> bool {
+            let seen = self.seen.lock().unwrap();
+            seen.iter().filter(|progress| matches!(progress.what, Milestone::Written(_))).count() >= self.after
+        }
+    }
+
+    #[test]
+    fn until_the_first_reset_it_can_be_stopped_without_a_trace() {
+        for from in [Mode::Off, Mode::Devtools] {
+            for after in 0..=2 {
+                let gpus = [FakeGpu::in_mode(from)];
+                let observer = StopAfter { after, seen: Mutex::default() };
+                let openers = gpus.iter().map(|gpu| (gpu.bdf(), || Ok(gpu.device()))).collect();
+                let outcome = run(openers, Mode::On, &observer);
+                let result = outcome.devices[0].result.as_ref().unwrap_err();
+                assert_eq!(*result.fault, Fault::Stopped { undone: after }, "{from}");
+                assert_eq!(gpus[0].requests_after_reset_are_vector_of(from), Ok(()), "{from} {after}");
+                assert_eq!(gpus[0].resets(), 0);
+            }
+        }
+    }
+
+    #[test]
     fn a_mode_that_no_device_has_touches_none() {
         let tree = crate::fake::Tree::new();
-        let functions = ["0000:41:00.0", "0000:61:00.0"].map(|bdf| tree.function(bdf, Some("vfio-pci"), Some(12)));
+        let without_cc = |mut function: hw_probe::PciFunction| {
+            function.model.as_mut().unwrap().cc_enable = hw_probe::CcEnable::OffOnly;
+            function
+        };
+        let functions =
+            ["0000:41:00.0", "0000:61:00.0"].map(|bdf| without_cc(tree.function(bdf, Some("vfio-pci"), Some(12))));
         let ownership = Ownership::take(&functions, &tree.places).unwrap();
         let outcome = Transaction::new(&ownership).run(Mode::Ppcie, &|_: &Progress| {});
         let codes: Vec<_> = outcome.errors().map(Error::code).collect();

@@ -3,8 +3,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use gpu_firmware::{BackEnd, Bar0, Clock, Device, Effective, Error, Fault, Mode, Reset};
@@ -30,6 +32,7 @@ impl Clock for ModelClock {
 /// A virtual GPU and the little that the kernel does around it.
 #[derive(Clone)]
 struct Gpu {
+    kind: ModelKind,
     model: Arc<Mutex<Model>>,
     clock: ModelClock,
 }
@@ -43,8 +46,8 @@ const INITIATE_FLR: u32 = 1 << 15;
 impl Gpu {
     /// One that has just been powered up, with these faults.
     fn new(spec: DeviceSpec) -> Self {
-        let clock = ModelClock::default();
-        let gpu = Self { model: Arc::new(Mutex::new(Model::new(spec, clock.now()))), clock };
+        let (kind, clock) = (spec.model, ModelClock::default());
+        let gpu = Self { kind, model: Arc::new(Mutex::new(Model::new(spec, clock.now()))), clock };
         gpu.model.lock().unwrap().power_on(Duration::ZERO);
         gpu
     }
@@ -64,7 +67,7 @@ impl Gpu {
     }
 
     fn device(&self) -> Device {
-        Device::with_back_end(function(), Box::new(self.clone()), Arc::new(self.clock.clone())).unwrap()
+        Device::with_back_end(&function(self.kind), Box::new(self.clone()), Arc::new(self.clock.clone())).unwrap()
     }
 
     fn fault(&self, text: &str) {
@@ -95,8 +98,14 @@ impl Gpu {
 
     /// Stages, resets, waits and verifies.
     fn change(&self, mode: Mode) -> Result<(), Error> {
+        self.change_watched(mode, |_| {})
+    }
+
+    /// The same; `staged` is called before the reset.
+    fn change_watched(&self, mode: Mode, staged: impl FnOnce(&Self)) -> Result<(), Error> {
         let mut device = self.device();
-        device.stage(mode, &mut |_| {})?;
+        device.stage(mode, &mut |_| ControlFlow::Continue(()))?;
+        staged(self);
         device.reset()?;
         device.wait_boot()?;
         device.verify(mode).map(drop)
@@ -143,29 +152,30 @@ impl BackEnd for Gpu {
     }
 }
 
-/// The GPU as a scan would tell of it.
-fn function() -> &'static PciFunction {
-    static SCANNED: OnceLock<PciFunction> = OnceLock::new();
-    SCANNED.get_or_init(|| {
+/// The device as a scan would tell of it.
+fn function(kind: ModelKind) -> PciFunction {
+    static SCANNED: Mutex<BTreeMap<ModelKind, PciFunction>> = Mutex::new(BTreeMap::new());
+    let scan = || {
         let sysfs = FakeSysfs::new();
-        let gpu = sysfs.gpu("0000:41:00.0", ModelKind::H100.device_id()).bdf();
-        Inventory::scan(&sysfs.root()).get(gpu).unwrap().clone()
-    })
+        let function = sysfs.function("0000:41:00.0", kind.vendor_id(), kind.device_id(), kind.class());
+        let bdf = function.subsystem(kind.vendor_id(), kind.subsystem_id()).bdf();
+        Inventory::scan(&sysfs.root()).get(bdf).unwrap().clone()
+    };
+    SCANNED.lock().unwrap().entry(kind).or_insert_with(scan).clone()
 }
 
 #[test]
 fn cc_on_off_and_devtools_are_examples_5_6_and_7() {
-    let on = "002D020C->0 | 0002020C->0 | 0004020C->0 | 0022020C->0 | 002D020C->0 | 000A020C->0 | 000A020D 2 | \
-              000A020C->2 | 0008020C->0 | 0008020D 1 | 0008020C->1 | 0006020C->0";
-    let off =
-        "002D020C->0 | 000A020C->2 | 000A020D 0 | 000A020C->0 | 0006020C->0 | 0008020C->1 | 0008020D 0 | 0008020C->0";
+    let on = "002D020C->0 | 0002020C->0 | 0004020C->0 | 0022020C->0 | 002D020C->0 | 000A020C->0 | 0009020C->1 | \
+              0007020C->1 | 0005020C->1 | 000A020D 2 | 000A020C->2 | 0008020C->0 | 0008020D 1 | 0008020C->1 | 0006020C->0";
+    let off = "002D020C->0 | 000A020C->2 | 0009020C->1 | 0005020C->1 | 0007020C->1 | 000A020D 0 | 000A020C->0 | 0006020C->0 | 0008020C->1 | 0008020D 0 | 0008020C->0";
     let devtools = "002D020C->0 | 0002020C->0 | 0004020C->0 | 0022020C->0 | 002D020C->0 | 000A020C->0 | 0008020C->0 | \
-                    0008020D 1 | 0008020C->1 | 0006020C->0 | 0006020D 1 | 0006020C->1";
+                    0007020C->1 | 0005020C->1 | 0008020D 1 | 0008020C->1 | 0006020C->0 | 0006020D 1 | 0006020C->1";
     let gpu = Gpu::healthy();
     for (mode, expected, bits) in [(Mode::On, on, 1), (Mode::Off, off, 0), (Mode::Devtools, devtools, 3)] {
         let mut device = gpu.device();
         let before = device.effective().unwrap();
-        let staged = device.stage(mode, &mut |_| {}).unwrap();
+        let staged = device.stage(mode, &mut |_| ControlFlow::Continue(())).unwrap();
         assert_eq!(gpu.requests().join(" | "), expected, "{mode}");
         assert!(staged.reset_needed);
         assert_eq!(device.effective().unwrap(), before, "knobs take effect at the reset");
@@ -181,18 +191,84 @@ fn cc_on_off_and_devtools_are_examples_5_6_and_7() {
 }
 
 #[test]
+fn blackwell_is_example_11_and_the_switch_example_9() {
+    let table = [
+        (
+            ModelKind::B200,
+            Mode::On,
+            "0008020C->0 | 0007020C->1 | 0005020C->1 | 0008020D 1 | 0008020C->1 | 0006020C->0",
+            1,
+        ),
+        (
+            ModelKind::RtxPro6000,
+            Mode::Devtools,
+            "0008020C->0 | 0007020C->1 | 0005020C->1 | 0008020D 1 | 0008020C->1 | 0006020C->0 | 0006020D 1 | 0006020C->1",
+            3,
+        ),
+        // The lab's switch knows no other permission than 44.
+        (
+            ModelKind::Ls10,
+            Mode::Ppcie,
+            "0008020C->0 | 0002020C->0 | 0004020C->0 | 0022020C->0 | 0006020C->0 | 0008020C->0 | 000A020C->0 | \
+             002D020C->0 | 002C020C->1 | 002D020D 1 | 002D020C->1",
+            1,
+        ),
+    ];
+    for (kind, mode, expected, bits) in table {
+        let gpu = Gpu::new(DeviceSpec::new("gpu0", kind));
+        gpu.change_watched(mode, |gpu| assert_eq!(gpu.requests().join(" | "), expected, "{kind}")).unwrap();
+        assert_eq!(gpu.status().status_word & 0x23, bits, "{kind}");
+        gpu.assert_clean();
+    }
+}
+
+/// The modes that devices of this kind have of their own.
+fn modes(kind: ModelKind) -> Vec<Mode> {
+    let all = if kind.is_switch() { &[Mode::Off, Mode::Ppcie][..] } else { &Mode::ALL };
+    let support = gpu_firmware::Support::of(&function(kind)).unwrap();
+    all.iter().copied().filter(|mode| support.target(*mode).is_ok()).collect()
+}
+
+#[test]
 fn every_way_between_modes_works_and_breaks_no_rule_of_the_device() {
-    let modes = [Mode::Off, Mode::On, Mode::Devtools];
-    for firmware in [Firmware::Current, Firmware::Old] {
-        for (from, to) in modes.into_iter().flat_map(|from| modes.map(|to| (from, to))) {
-            let gpu = Gpu::new(DeviceSpec { firmware, ..DeviceSpec::new("gpu0", ModelKind::H100) });
-            gpu.change(from).unwrap();
-            gpu.change(to).unwrap();
-            let staged = gpu.device().stage(to, &mut |_| {}).unwrap();
-            assert_eq!((staged.written.len(), staged.reset_needed), (0, false), "{from} -> {to}");
+    let kinds = [ModelKind::H100, ModelKind::H200, ModelKind::B200, ModelKind::B300, ModelKind::RtxPro6000];
+    let mut ways = 0;
+    for kind in kinds.into_iter().chain([ModelKind::Gb200, ModelKind::Gb300, ModelKind::Ls10]) {
+        let modes = modes(kind);
+        for (firmware, from, to) in [Firmware::Current, Firmware::Old]
+            .into_iter()
+            .flat_map(|firmware| modes.iter().map(move |from| (firmware, *from)))
+            .flat_map(|(firmware, from)| modes.iter().map(move |to| (firmware, from, *to)))
+        {
+            let is_old = firmware == Firmware::Old && [from, to].contains(&Mode::Ppcie);
+            let gpu = Gpu::new(DeviceSpec { firmware, bmsai: kind.has_c2c(), ..DeviceSpec::new("gpu0", kind) });
+            let result = gpu.change(from).and_then(|()| gpu.change(to));
+            if is_old {
+                assert_eq!(result.unwrap_err().code(), "KnobUnsupported", "{kind} {from} -> {to}");
+                continue;
+            }
+            result.unwrap_or_else(|error| panic!("{kind} {from} -> {to}: {error}"));
+            let staged = gpu.device().stage(to, &mut |_| ControlFlow::Continue(())).unwrap();
+            assert_eq!((staged.written.len(), staged.reset_needed), (0, false), "{kind} {from} -> {to}");
             gpu.assert_clean();
+            ways += 1;
         }
     }
+    println!("{ways} ways between modes");
+    // With firmware of both kinds: Hopper has four modes, one of which old firmware lacks, Blackwell three, LS10 two.
+    assert_eq!(ways, 2 * (16 + 9) + 5 * 2 * 9 + (4 + 1));
+}
+
+#[test]
+fn boards_with_c2c_obey_the_firmware_s_bit() {
+    for kind in [ModelKind::Gb200, ModelKind::Gb300] {
+        let gpu = Gpu::new(DeviceSpec::new("gpu0", kind));
+        gpu.change(Mode::Off).unwrap();
+        let error = gpu.change(Mode::On).unwrap_err();
+        assert!(error.code() == "Unsupported" && error.to_string().contains("status bit 8"), "{error}");
+        gpu.assert_clean();
+    }
+    assert_eq!(modes(ModelKind::Gh200), [Mode::Off]);
 }
 
 #[test]
