@@ -322,19 +322,24 @@ impl<F: Firmware> Controller<F> {
                 plan::apply_faults(&mut records, &faults);
                 self.refuse(&state, mode.as_str(), &error, plan::withheld(records))
             }
-            Action::Settled => {
-                let records = plan::records(&inventory, Some(mode), known.as_ref(), &[]);
+            Action::Settled { refused } => {
+                let mut records = plan::records(&inventory, Some(mode), known.as_ref(), &[]);
+                plan::apply_faults(&mut records, &refused);
                 if !self.keep(&state, records.clone()) {
                     let error = state.unwritable("so the other agents cannot be told that every device is verified");
                     self.conclude(Verdict::NotBegun, &state, mode.as_str(), Some(&error), &records);
                     return Round::Retry;
                 }
+                let faults: Vec<&DeviceFault> = refused.iter().collect();
+                if let Some(error) = first_error(&faults, "Not every device can be in", mode) {
+                    return self.refuse(&state, mode.as_str(), &error, records);
+                }
                 self.say(tracing::Level::INFO, &format!("Every device is verified in mode {mode} ({source})"));
                 self.conclude(Verdict::Applied(mode), &state, mode.as_str(), None, &records);
                 Round::Rest
             }
-            Action::Change { devices, whole } => {
-                let change = Attempt { mode, source, devices, whole };
+            Action::Change { devices, whole, refused } => {
+                let change = Attempt { mode, source, devices, whole, refused };
                 self.change(change, &state, &inventory, known.as_ref(), shutdown).await
             }
         }
@@ -343,7 +348,7 @@ impl<F: Firmware> Controller<F> {
     /// One attempt to bring devices to a mode.
     async fn change(
         &mut self,
-        Attempt { mode, source, devices, whole }: Attempt,
+        Attempt { mode, source, devices, whole, refused }: Attempt,
         state: &StateDir,
         inventory: &Inventory,
         known: Option<&DevicesFile>,
@@ -363,6 +368,7 @@ impl<F: Firmware> Controller<F> {
             return Round::Ended;
         }
         let mut records = plan::records(inventory, Some(mode), known, &devices);
+        plan::apply_faults(&mut records, &refused);
         // What an earlier attempt left over is changed without taking the devices that are right from their users.
         let transition = whole.then(|| Transition {
             target: mode.to_string(),
@@ -389,7 +395,7 @@ impl<F: Firmware> Controller<F> {
         );
         let begun = Instant::now();
         let outcome = tokio::select! {
-            outcome = executor::apply(&self.firmware, devices, mode) => outcome,
+            outcome = executor::apply(&self.firmware, devices, mode, shutdown) => outcome,
             never = self.keep_shut() => match never {},
         };
         let took_ms = millis(begun.elapsed());
@@ -397,8 +403,14 @@ impl<F: Firmware> Controller<F> {
         let (mut verdict, mut error) = match outcome {
             Ok(results) => {
                 plan::apply_results(&mut records, &results);
-                let faults: Vec<&DeviceFault> =
-                    results.iter().filter_map(|result| result.result.as_ref().err()).collect();
+                let failed = results.iter().filter_map(|result| result.result.as_ref().err());
+                if failed.clone().any(|fault| fault.untouched) {
+                    // Told to end, and ended before anything was lost: the next start begins anew.
+                    tracing::info!(event = "transition_stopped", step = "stage", mode = %mode, "Change was stopped before its resets");
+                    self.store(state, None, plan::withheld(records));
+                    return Round::Ended;
+                }
+                let faults: Vec<&DeviceFault> = failed.chain(&refused).collect();
                 tell_results(&results);
                 match first_error(&faults, "Not every device was brought to", mode) {
                     None => (Verdict::Applied(mode), None),
@@ -570,6 +582,8 @@ struct Attempt {
     source: Source,
     devices: Vec<PciFunction>,
     whole: bool,
+    /// Devices that cannot be in the mode, while the others can.
+    refused: Vec<DeviceFault>,
 }
 
 /// Where `devices.json` is, and what it says of its origin.

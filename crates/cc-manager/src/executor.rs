@@ -2,10 +2,12 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use agent_core::shutdown::Shutdown;
 use agent_core::state::ErrorRecord;
-use gpu_firmware::{Fault, Milestone, Mode, Ownership, Places, Progress, SystemClock, Transaction};
+use gpu_firmware::{Fault, Milestone, Mode, Observer, Ownership, Places, Progress, SystemClock, Transaction};
 use hw_probe::{Bdf, PciFunction};
 
 /// How long a lock may be held by another role of ccnode before a device counts as busy: vfio-manager holds one for the
@@ -18,8 +20,14 @@ pub trait Firmware: Send + Sync + 'static {
     /// within is bounded.
     ///
     /// `Ok` has one result a device. `Err` means that ownership was refused and nothing was touched; it has one fault for
-    /// each device that could not be had.
-    fn apply(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>>;
+    /// each device that could not be had. Once `stop` is true it ends where nothing has been lost yet: until the first reset
+    /// the devices get back the knobs they had, after it everything is done to its end.
+    fn apply(
+        &self,
+        devices: &[PciFunction],
+        target: Mode,
+        stop: &AtomicBool,
+    ) -> Result<Vec<DeviceResult>, Vec<DeviceFault>>;
 }
 
 /// What became of one device.
@@ -49,6 +57,8 @@ pub struct DeviceFault {
     pub bdf: Bdf,
     /// Whether it is merely in use by somebody else: to be tried again, and no failure of the device.
     pub busy: bool,
+    /// Whether the device is as it was before, knobs and mode.
+    pub untouched: bool,
     /// Code, and device, cause and cure in one line.
     pub error: ErrorRecord,
 }
@@ -58,6 +68,7 @@ impl From<&gpu_firmware::Error> for DeviceFault {
         Self {
             bdf: error.bdf,
             busy: matches!(*error.fault, Fault::InUse { .. } | Fault::LockHeld { .. } | Fault::OwnershipChanged { .. }),
+            untouched: matches!(*error.fault, Fault::Stopped { .. }),
             error: ErrorRecord { code: error.code().to_owned(), message: error.line() },
         }
     }
@@ -77,26 +88,46 @@ impl GpuFirmware {
 }
 
 impl Firmware for GpuFirmware {
-    fn apply(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
+    fn apply(
+        &self,
+        devices: &[PciFunction],
+        target: Mode,
+        stop: &AtomicBool,
+    ) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
         let ownership = Ownership::take_within(devices, &self.places, LOCK_PATIENCE, &SystemClock)
             .map_err(|refused| refused.0.iter().map(DeviceFault::from).collect::<Vec<_>>())?;
         for device in ownership.devices() {
             let hold = format!("{:?}", device.hold());
             tracing::info!(event = "device_owned", device = %device.bdf(), step = "own", hold, "Device is ours");
         }
-        let outcome = Transaction::new(&ownership).run(target, &log_progress);
+        let outcome = Transaction::new(&ownership).run(target, &Log { stop });
         Ok(outcome
             .devices
             .iter()
             .map(|device| DeviceResult {
                 bdf: device.bdf,
                 result: device.result.as_ref().map_err(DeviceFault::from).map(|done| Verified {
-                    configured: target.to_string(),
+                    configured: done.mode.to_string(),
                     active: done.effective.to_string(),
                     at: jiff::Timestamp::try_from(done.verified_at).unwrap_or_else(|_| jiff::Timestamp::now()),
                 }),
             })
             .collect())
+    }
+}
+
+/// Follows a transaction into the log.
+struct Log<'a> {
+    stop: &'a AtomicBool,
+}
+
+impl Observer for Log<'_> {
+    fn progress(&self, progress: &Progress) {
+        log_progress(progress);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 }
 
@@ -117,6 +148,12 @@ fn log_progress(progress: &Progress) {
             reset_needed,
             "Knobs staged"
         ),
+        Milestone::MailboxStuck { error } => {
+            tracing::warn!(event = "device_mailbox_stuck", %device, step = "stage", code = error.code(), "Device will be reset and staged again: {error}");
+        }
+        Milestone::BusResetBegun { error } => {
+            tracing::warn!(event = "device_bus_reset_begun", %device, step = "reset", code = error.code(), "Device did not come back, its bus is reset: {error}");
+        }
         Milestone::ResetBegun => {
             tracing::debug!(event = "device_reset_begun", %device, step = "reset", "Resetting the device");
         }
@@ -135,10 +172,23 @@ pub(crate) async fn apply<F: Firmware>(
     firmware: &Arc<F>,
     devices: Vec<PciFunction>,
     target: Mode,
+    shutdown: &Shutdown,
 ) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
+    let stop = Arc::new(AtomicBool::new(shutdown.is_requested()));
     let bdfs: Vec<Bdf> = devices.iter().map(|device| device.bdf).collect();
     let firmware = Arc::clone(firmware);
-    match tokio::task::spawn_blocking(move || firmware.apply(&devices, target)).await {
+    let mut work = tokio::task::spawn_blocking({
+        let stop = Arc::clone(&stop);
+        move || firmware.apply(&devices, target, &stop)
+    });
+    let done = tokio::select! {
+        done = &mut work => done,
+        () = shutdown.wait() => {
+            stop.store(true, Ordering::Relaxed);
+            work.await
+        }
+    };
+    match done {
         Ok(outcome) => outcome,
         Err(error) => Ok(bdfs
             .into_iter()

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Identity};
-use gpu_firmware::{Mode, Support};
+use gpu_firmware::{Mode, NodePlan, Part};
 use hw_probe::{Bdf, Inventory, PciFunction, Tee};
 use node_object::labels;
 
@@ -82,24 +82,19 @@ pub(crate) enum Action {
     /// These devices cannot be in that mode; nothing is touched.
     Impossible(Vec<DeviceFault>),
     /// Every device has been verified in the mode in this boot.
-    Settled,
+    Settled {
+        /// But for these, which cannot be.
+        refused: Vec<DeviceFault>,
+    },
     /// These devices are to be owned, changed and verified.
     Change {
         /// The devices, by address.
         devices: Vec<PciFunction>,
         /// Whether it is the whole node rather than what an earlier attempt left over.
         whole: bool,
+        /// Those that cannot be in the mode.
+        refused: Vec<DeviceFault>,
     },
-}
-
-/// The devices that `mode` concerns: the GPUs, and for ppcie the NVSwitches too.
-pub(crate) fn concerned(inventory: &Inventory, mode: Mode) -> impl Iterator<Item = &PciFunction> {
-    inventory.gpus().chain(inventory.nvswitches().filter(move |_| mode == Mode::Ppcie))
-}
-
-/// Whether there is no mode to speak of: a model that is known to have neither CC nor protected PCIe is always off.
-fn is_always_off(function: &PciFunction) -> bool {
-    function.model.as_ref().is_some_and(|model| !model.cc_query && !model.ppcie)
 }
 
 /// Decides.
@@ -121,36 +116,29 @@ pub(crate) fn plan(inventory: &Inventory, mode: Mode, known: Option<&DevicesFile
     if no_gpus {
         return Action::NoGpus;
     }
-    let concerned: Vec<&PciFunction> =
-        concerned(inventory, mode).filter(|function| mode != Mode::Off || !is_always_off(function)).collect();
-    let impossible: Vec<DeviceFault> = concerned
-        .iter()
-        .filter_map(|function| {
-            let fault = Support::of(function).and_then(|support| support.check(mode)).err()?;
-            Some(DeviceFault::from(&gpu_firmware::Error::new(function.bdf, fault)))
-        })
-        .collect();
-    if !impossible.is_empty() {
-        return Action::Impossible(impossible);
+    let node = NodePlan::of(inventory, mode);
+    let refused: Vec<DeviceFault> = node.refusals().iter().map(DeviceFault::from).collect();
+    if !node.is_possible() {
+        return Action::Impossible(refused);
     }
-    let all = concerned.len();
     // A transition that was begun and not ended says nothing of any device.
     let known = known.filter(|known| known.transition.is_none());
-    let devices: Vec<PciFunction> = concerned
-        .into_iter()
-        .filter(|function| {
-            !known.and_then(|known| known.record(function)).is_some_and(|record| is_verified(record, mode))
-        })
-        .cloned()
+    let is_right = |function: &PciFunction, own: Mode| {
+        known.and_then(|known| known.record(function)).is_some_and(|record| is_verified(record, own))
+    };
+    let all = || node.modes().map(|(function, _)| function.clone());
+    let left: Vec<PciFunction> = node
+        .modes()
+        .filter(|(function, own)| !is_right(function, *own))
+        .map(|(function, _)| function.clone())
         .collect();
-    if devices.is_empty() {
-        return Action::Settled;
+    if left.is_empty() {
+        return Action::Settled { refused };
     }
     // Protected PCIe is one thing of all devices; the other modes are each device's own.
-    let whole = mode == Mode::Ppcie || devices.len() == all;
-    let devices =
-        if whole && devices.len() < all { self::concerned(inventory, mode).cloned().collect() } else { devices };
-    Action::Change { devices, whole }
+    let whole = mode == Mode::Ppcie || left.len() == all().count();
+    let devices = if whole { all().collect() } else { left };
+    Action::Change { devices, whole, refused }
 }
 
 fn is_verified(record: &DeviceRecord, mode: Mode) -> bool {
@@ -169,13 +157,23 @@ pub(crate) fn records(
 ) -> Vec<DeviceRecord> {
     // A transition that was begun and not ended says nothing of any device.
     let known = known.filter(|known| known.transition.is_none());
-    concerned(inventory, mode.unwrap_or(Mode::Off))
-        .map(|function| {
-            let mut record = known.and_then(|known| known.record(function)).cloned().unwrap_or_else(|| blank(function));
+    NodePlan::of(inventory, mode.unwrap_or(Mode::Off))
+        .devices
+        .iter()
+        .map(|device| {
+            let function = &device.function;
+            let mut record = known
+                .and_then(|known| known.record(function))
+                .cloned()
+                .unwrap_or_else(|| blank(function, &device.part));
             let changes = changing.iter().any(|other| other.bdf == function.bdf);
-            // What is always off needs no verification to be what "off" asks for.
-            let is_right =
-                mode.is_some_and(|mode| is_verified(&record, mode) || (mode == Mode::Off && is_always_off(function)));
+            let is_right = mode.is_some()
+                && match &device.part {
+                    Part::Mode(own) => is_verified(&record, *own),
+                    // What is always off needs no verification to be what is asked for.
+                    Part::AlwaysOff => true,
+                    Part::Refused(_) => false,
+                };
             record.usable = is_right && !changes;
             if record.usable {
                 // An error of an attempt to leave the mode is over.
@@ -191,8 +189,8 @@ pub(crate) fn withheld(records: impl IntoIterator<Item = DeviceRecord>) -> Vec<D
     records.into_iter().map(|record| DeviceRecord { usable: false, ..record }).collect()
 }
 
-fn blank(function: &PciFunction) -> DeviceRecord {
-    let mode = is_always_off(function).then(|| Mode::Off.to_string());
+fn blank(function: &PciFunction, part: &Part) -> DeviceRecord {
+    let mode = (*part == Part::AlwaysOff).then(|| Mode::Off.to_string());
     DeviceRecord {
         bdf: function.bdf,
         identity: Identity::of(function),
@@ -229,6 +227,7 @@ pub(crate) fn apply_results(records: &mut [DeviceRecord], results: &[DeviceResul
                 record.usable = true;
                 record.error = None;
             }
+            Err(fault) if fault.untouched => record.usable = false,
             Err(fault) => {
                 // Half changed: what was known of it is not known any more.
                 record.configured_mode = None;
@@ -263,6 +262,7 @@ mod tests {
 
     const H100: u16 = 0x2331;
     const A100: u16 = 0x20b5;
+    const UNKNOWN: u16 = 0x3f00;
 
     #[test]
     fn the_wanted_mode() {
@@ -313,7 +313,7 @@ mod tests {
                 active_mode: Some(mode.to_owned()),
                 verified_at: Some(jiff::Timestamp::UNIX_EPOCH),
                 usable: true,
-                ..blank(gpu)
+                ..blank(gpu, &Part::Mode(Mode::Off))
             })
             .collect();
         DevicesFile { origin: Origin::now("boot", None), transition: None, devices }
@@ -324,7 +324,7 @@ mod tests {
 
     fn changes(action: &Action) -> Option<(Vec<String>, bool)> {
         match action {
-            Action::Change { devices, whole } => {
+            Action::Change { devices, whole, .. } => {
                 Some((devices.iter().map(|device| device.bdf.to_string()).collect(), *whole))
             }
             _ => None,
@@ -337,7 +337,7 @@ mod tests {
         let all = vec![A.to_owned(), B.to_owned()];
         assert_eq!(changes(&plan(&both, Mode::On, None)), Some((all.clone(), true)), "nothing is known");
         let mut known = verified(&both, "on");
-        assert_eq!(plan(&both, Mode::On, Some(&known)), Action::Settled);
+        assert_eq!(plan(&both, Mode::On, Some(&known)), Action::Settled { refused: vec![] });
         assert_eq!(changes(&plan(&both, Mode::Off, Some(&known))), Some((all.clone(), true)), "another mode");
 
         known.transition = Some(Transition {
@@ -376,7 +376,46 @@ mod tests {
             Some((vec![A.to_owned()], true)),
             "off needs only the H100"
         );
-        assert_eq!(plan(&inventory(&[(B, A100)]), Mode::Off, None), Action::Settled);
+        assert_eq!(plan(&inventory(&[(B, A100)]), Mode::Off, None), Action::Settled { refused: vec![] });
+    }
+
+    #[test]
+    fn off_goes_on_without_those_that_nobody_knows() {
+        let mixed = inventory(&[(A, H100), (B, UNKNOWN)]);
+        assert!(matches!(plan(&mixed, Mode::On, None), Action::Impossible(faults) if faults.len() == 1));
+        let Action::Change { devices, whole: true, refused } = plan(&mixed, Mode::Off, None) else { panic!() };
+        assert_eq!((devices.len(), devices[0].bdf.to_string().as_str()), (1, A));
+        assert!(refused[0].error.code == "UnknownDevice" && refused[0].bdf.to_string() == B);
+        let mut known = verified(&mixed, "off");
+        assert_eq!(plan(&mixed, Mode::Off, Some(&known)), Action::Settled { refused });
+        // Not even a record of its own makes it one that may be offered.
+        known.devices[1].verified_at = Some(jiff::Timestamp::UNIX_EPOCH);
+        let usable: Vec<bool> =
+            records(&mixed, Some(Mode::Off), Some(&known), &[]).iter().map(|record| record.usable).collect();
+        assert_eq!(usable, [true, false]);
+    }
+
+    #[test]
+    fn switches_have_a_mode_of_their_own() {
+        let fake = FakeSysfs::new();
+        fake.gpu(A, H100).group(1);
+        fake.nvswitch(B).group(2);
+        let node = Inventory::scan(&fake.root());
+        let all = vec![A.to_owned(), B.to_owned()];
+        for mode in Mode::ALL {
+            assert_eq!(changes(&plan(&node, mode, None)), Some((all.clone(), true)), "{mode}");
+        }
+        let mut known = verified(&node, "on");
+        known.devices.push(DeviceRecord {
+            configured_mode: Some("off".to_owned()),
+            active_mode: Some("off".to_owned()),
+            verified_at: Some(jiff::Timestamp::UNIX_EPOCH),
+            ..blank(node.nvswitches().next().unwrap(), &Part::Mode(Mode::Off))
+        });
+        assert_eq!(plan(&node, Mode::On, Some(&known)), Action::Settled { refused: vec![] });
+        assert!(records(&node, Some(Mode::On), Some(&known), &[]).iter().all(|record| record.usable));
+        assert_eq!(changes(&plan(&node, Mode::Ppcie, Some(&known))), Some((all, true)));
+        assert_eq!(changes(&plan(&node, Mode::Off, Some(&known))), Some((vec![A.to_owned()], false)));
     }
 
     #[test]
@@ -451,6 +490,7 @@ mod tests {
         let fault = DeviceFault {
             bdf: gpus[1].bdf,
             busy: false,
+            untouched: false,
             error: ErrorRecord { code: "BootTimeout".to_owned(), message: String::new() },
         };
         let results = [
@@ -475,7 +515,7 @@ mod tests {
 
         // Busy on the way from off to on, and the label is set back to off: nothing is wrong with it in off.
         let known = DevicesFile { devices: untouched, ..known };
-        assert_eq!(plan(&both, Mode::Off, Some(&known)), Action::Settled);
+        assert_eq!(plan(&both, Mode::Off, Some(&known)), Action::Settled { refused: vec![] });
         let settled = records(&both, Some(Mode::Off), Some(&known), &[]);
         assert!(settled.iter().all(|record| record.usable && record.error.is_none()));
     }

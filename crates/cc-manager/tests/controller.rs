@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ const A: &str = "0000:41:00.0";
 const B: &str = "0000:42:00.0";
 const H100: u16 = 0x2331;
 const A100: u16 = 0x20b5;
+const UNKNOWN: u16 = 0x3f00;
 
 /// What one call of the firmware is to do.
 enum Script {
@@ -32,6 +34,8 @@ enum Script {
     /// Fail this device, change the others.
     Fail(&'static str, &'static str),
     Panic,
+    /// Wait until told to stop, and undo what was staged.
+    StopWhenTold,
 }
 
 /// What one call of the firmware saw.
@@ -69,11 +73,16 @@ impl FakeFirmware {
 
 fn fault(bdf: Bdf, code: &str, busy: bool) -> DeviceFault {
     let message = format!("{bdf}: register 0x2000bc says {code}; do something");
-    DeviceFault { bdf, busy, error: ErrorRecord { code: code.to_owned(), message } }
+    DeviceFault { bdf, busy, untouched: code == "Stopped", error: ErrorRecord { code: code.to_owned(), message } }
 }
 
 impl Firmware for FakeFirmware {
-    fn apply(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
+    fn apply(
+        &self,
+        devices: &[PciFunction],
+        target: Mode,
+        stop: &AtomicBool,
+    ) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
         self.calls.lock().unwrap().push(Call {
             devices: devices.iter().map(|device| device.bdf.to_string()).collect(),
             target,
@@ -91,6 +100,16 @@ impl Firmware for FakeFirmware {
         let failing = match script {
             Some(Script::Refuse(bdf, code, busy)) => return Err(vec![fault(bdf.parse().unwrap(), code, busy)]),
             Some(Script::Panic) => panic!("as told"),
+            Some(Script::StopWhenTold) => {
+                while !stop.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let stopped = |device: &PciFunction| DeviceResult {
+                    bdf: device.bdf,
+                    result: Err(fault(device.bdf, "Stopped", false)),
+                };
+                return Ok(devices.iter().map(stopped).collect());
+            }
             Some(Script::Fail(bdf, code)) => Some((bdf, code)),
             None => None,
         };
@@ -509,6 +528,48 @@ async fn mixed_nodes_fail_by_name_and_still_do_off() {
 }
 
 #[tokio::test]
+async fn off_goes_on_without_a_gpu_that_nobody_knows_and_does_not_hide_it() {
+    let world = World::new(&[(A, H100), (B, UNKNOWN)]);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    let agent = world.start();
+    world.until_state("failed", "").await;
+    assert_eq!(world.firmware.calls()[0].devices, [A]);
+    let status = world.status();
+    assert_eq!(status["error"]["code"], "UnknownDevice");
+    let message = status["error"]["message"].as_str().unwrap();
+    assert!(message.contains(B) && !message.contains(A), "{message}");
+    assert_eq!(world.offered(), [A]);
+    settle().await;
+    assert_eq!(world.firmware.calls().len(), 1, "what is right is left alone");
+    assert_eq!(world.offered(), [A]);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn told_to_end_before_the_resets_it_leaves_everything_as_it_was() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    let before = world.file().unwrap();
+    world.firmware.script(Script::StopWhenTold);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("transition has begun", || world.firmware.calls().len() == 2).await;
+    agent.stop().await;
+    let file = world.file().unwrap();
+    assert!(file.transition.is_none() && file.devices.iter().all(|device| !device.usable));
+    let modes = |file: &DevicesFile| file.devices.iter().map(|device| device.active_mode.clone()).collect::<Vec<_>>();
+    assert_eq!(modes(&file), modes(&before), "what was verified is still known");
+    assert_eq!(world.state(), (Some("on".to_owned()), Some(String::new())));
+
+    // The label is set back before the next start: there is nothing to do but to say so.
+    world.api.set_label(labels::CC_MODE, Some("on"));
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    assert_eq!(world.firmware.calls().len(), 2);
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn a_node_without_gpus_is_left_alone() {
     let world = World::new(&[]);
     let agent = world.start();
@@ -634,8 +695,8 @@ async fn nothing_is_offered_that_is_not_verified_in_what_is_wanted_now() {
             },
             "off",
             ("failed", ""),
-            "Unsupported",
-            &[],
+            "UnknownDevice",
+            &[A, B],
         ),
         (
             "one added that is in use",
