@@ -29,7 +29,9 @@ pub enum NodeError {
         source: Box<kube::Error>,
     },
     /// RBAC or an admission rule refuses (403).
-    #[error("API server forbids us to {verb} node {node}; the role needs get, list, watch and patch on nodes")]
+    #[error(
+        "API server forbids us to {verb} node {node}; the role needs get, list, watch and patch on nodes, and list and watch on pods of its namespace"
+    )]
     Forbidden {
         /// The node.
         node: String,

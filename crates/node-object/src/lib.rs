@@ -12,6 +12,7 @@ mod error;
 mod state;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod wait;
 mod watch;
 
 pub use change::Change;
@@ -33,4 +34,6 @@ pub mod labels {
 pub mod annotations {
     /// JSON: per device the configured and the active mode, when verified, the last error.
     pub const CC_STATUS: &str = "ccnode.dev/cc-status";
+    /// JSON: the change of mode under way, and the labels as they were before components were paused.
+    pub const TRANSITION: &str = "ccnode.dev/transition";
 }

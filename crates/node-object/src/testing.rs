@@ -1,5 +1,5 @@
-//! An API server in memory that knows one node, for tests. It answers list, watch, merge patch and JSON Patch of that
-//! node's metadata, records every request, and fails on demand.
+//! An API server in memory that knows one node and its pods, for tests. It answers list and watch of both, merge patch and
+//! JSON Patch of the node's metadata, records every request, and fails on demand.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -40,6 +40,9 @@ struct Inner {
     requests: Vec<Recorded>,
     faults: VecDeque<(Method, u16)>,
     watchers: Vec<mpsc::UnboundedSender<String>>,
+    /// By namespace and name.
+    pods: BTreeMap<(String, String), Value>,
+    pod_watchers: Vec<mpsc::UnboundedSender<String>>,
     hook: Option<Hook>,
 }
 
@@ -67,6 +70,8 @@ impl FakeApi {
             requests: Vec::new(),
             faults: VecDeque::new(),
             watchers: Vec::new(),
+            pods: BTreeMap::new(),
+            pod_watchers: Vec::new(),
             hook: None,
         })))
     }
@@ -88,6 +93,41 @@ impl FakeApi {
     /// Sets or removes a label, as a person would.
     pub fn set_label(&self, name: &str, value: Option<&str>) {
         self.lock().edit("labels", name, value);
+    }
+
+    /// Runs a pod on the node, with these labels.
+    pub fn add_pod(&self, namespace: &str, name: &str, labels: &[(&str, &str)]) {
+        let mut inner = self.lock();
+        inner.version += 1;
+        let labels: BTreeMap<&str, &str> = labels.iter().copied().collect();
+        let version = inner.version.to_string();
+        let uid = format!("pod-{version}");
+        let pod = json!({"metadata": {"name": name, "namespace": namespace, "uid": uid, "labels": labels, "resourceVersion": version}});
+        inner.tell_pods("ADDED", &pod);
+        inner.pods.insert((namespace.to_owned(), name.to_owned()), pod);
+    }
+
+    /// Ends a pod.
+    pub fn delete_pod(&self, namespace: &str, name: &str) {
+        let mut inner = self.lock();
+        if let Some(mut pod) = inner.pods.remove(&(namespace.to_owned(), name.to_owned())) {
+            inner.version += 1;
+            pod["metadata"]["resourceVersion"] = inner.version.to_string().into();
+            inner.tell_pods("DELETED", &pod);
+        }
+    }
+
+    /// Sets what the kubelet says of a resource.
+    pub fn set_allocatable(&self, resource: &str, quantity: &str) {
+        let mut inner = self.lock();
+        let Some(mut node) = inner.node.clone() else { return };
+        node["status"]["allocatable"][resource] = quantity.into();
+        inner.store(node);
+    }
+
+    /// Sets or removes an annotation, as a person would.
+    pub fn set_annotation(&self, name: &str, value: Option<&str>) {
+        self.lock().edit("annotations", name, value);
     }
 
     /// All labels.
@@ -183,6 +223,17 @@ impl FakeApi {
                 let items: Vec<&Value> = inner.node.iter().collect();
                 respond(200, &json!({"metadata": {"resourceVersion": inner.version.to_string()}, "items": items}))
             }
+            (&Method::GET, path) if path.ends_with("/pods") && query.contains("watch=true") => {
+                let (sender, body) = stream();
+                inner.pod_watchers.push(sender);
+                Response::new(body)
+            }
+            (&Method::GET, path) if path.ends_with("/pods") => {
+                let namespace = path.trim_start_matches("/api/v1/namespaces/").trim_end_matches("/pods");
+                let items: Vec<&Value> =
+                    inner.pods.iter().filter(|((of, _), _)| of == namespace).map(|(_, pod)| pod).collect();
+                respond(200, &json!({"metadata": {"resourceVersion": inner.version.to_string()}, "items": items}))
+            }
             (&Method::PATCH, path) if path == format!("/api/v1/nodes/{}", inner.name) => {
                 inner.patch(&content_type, &body)
             }
@@ -235,9 +286,14 @@ impl Inner {
         self.watchers.retain(|watcher| watcher.send(line.clone()).is_ok());
     }
 
+    fn tell_pods(&mut self, kind: &str, pod: &Value) {
+        let line = format!("{}\n", json!({"type": kind, "object": pod}));
+        self.pod_watchers.retain(|watcher| watcher.send(line.clone()).is_ok());
+    }
+
     fn watch(&mut self, query: &str) -> Response<ResponseBody> {
         let from = query.split('&').find_map(|pair| pair.strip_prefix("resourceVersion=")).unwrap_or_default();
-        let (sender, receiver) = mpsc::unbounded_channel();
+        let (sender, body) = stream();
         // Events between the version asked for and now are told by the newest state alone.
         if let Some(node) = &self.node
             && from != self.version.to_string()
@@ -245,11 +301,7 @@ impl Inner {
             let _ = sender.send(format!("{}\n", json!({"type": "MODIFIED", "object": node})));
         }
         self.watchers.push(sender);
-        let lines = futures::stream::unfold(receiver, |mut receiver| async {
-            receiver.recv().await.map(|line| (line, receiver))
-        });
-        let body = StreamBody::new(lines.map(|line| Ok::<_, Infallible>(Frame::data(Bytes::from(line)))));
-        Response::new(body.boxed_unsync())
+        Response::new(body)
     }
 
     fn patch(&mut self, content_type: &str, patch: &Value) -> Response<ResponseBody> {
@@ -270,6 +322,16 @@ impl Inner {
             Err(message) => failure(422, &message),
         }
     }
+}
+
+/// A body that goes on for as long as somebody sends lines into it.
+fn stream() -> (mpsc::UnboundedSender<String>, ResponseBody) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let lines = futures::stream::unfold(receiver, |mut receiver| async {
+        receiver.recv().await.map(|line: String| (line, receiver))
+    });
+    let body = StreamBody::new(lines.map(|line| Ok::<_, Infallible>(Frame::data(Bytes::from(line)))));
+    (sender, body.boxed_unsync())
 }
 
 /// RFC 7386.

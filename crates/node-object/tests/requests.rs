@@ -209,3 +209,68 @@ async fn an_unusable_kubeconfig_is_named() {
     assert_eq!(error.code(), "ApiConfig");
     assert!(error.line().contains("/absent/kubeconfig"), "{}", error.line());
 }
+
+#[tokio::test]
+async fn pods_are_waited_for_with_one_list_and_one_watch() {
+    let api = FakeApi::new("n1");
+    api.add_pod("gpu-operator", "vfio-1", &[("name", "nvidia-vfio-manager")]);
+    api.add_pod("gpu-operator", "other", &[("app", "something-else")]);
+    api.add_pod("elsewhere", "vfio-2", &[("name", "nvidia-vfio-manager")]);
+    let (seen, told) = tokio::sync::mpsc::unbounded_channel();
+    let waiting = tokio::spawn({
+        let node = node(&api);
+        async move {
+            let is_one = |labels: &std::collections::BTreeMap<String, String>| labels.contains_key("name");
+            node.pods_gone("gpu-operator", is_one, &mut |left| drop(seen.send(left))).await
+        }
+    });
+    let mut told = told;
+    assert_eq!(told.recv().await.unwrap(), ["vfio-1"]);
+    until("watch is open", || api.requests().len() == 2).await;
+    // The DaemonSet makes another one before the first is gone.
+    api.add_pod("gpu-operator", "vfio-3", &[("name", "nvidia-vfio-manager")]);
+    api.delete_pod("gpu-operator", "vfio-1");
+    assert_eq!(told.recv().await.unwrap(), ["vfio-1", "vfio-3"]);
+    assert_eq!(told.recv().await.unwrap(), ["vfio-3"]);
+    api.delete_pod("gpu-operator", "vfio-3");
+    waiting.await.unwrap().unwrap();
+    let requests = api.requests();
+    assert_eq!(requests.len(), 2, "{requests:?}");
+    assert_eq!(requests[0].uri, "/api/v1/namespaces/gpu-operator/pods?&fieldSelector=spec.nodeName%3Dn1");
+    assert!(requests.iter().all(|request| request.accept.contains("PartialObjectMetadata")));
+    assert!(requests[1].uri.contains("watch=true") && requests[1].uri.contains("fieldSelector=spec.nodeName%3Dn1"));
+}
+
+#[tokio::test]
+async fn a_refused_list_of_pods_ends_the_wait_and_a_failed_one_does_not() {
+    let api = FakeApi::new("n1");
+    let node = node(&api);
+    for status in [500, 410, 429] {
+        api.fail_next(Method::GET, status);
+    }
+    node.pods_gone("ns", |_| true, &mut drop).await.unwrap();
+    api.fail_next(Method::GET, 403);
+    let error = node.pods_gone("ns", |_| true, &mut drop).await.unwrap_err();
+    assert!(error.code() == "ApiForbidden" && error.line().contains("pods"), "{}", error.line());
+}
+
+#[tokio::test]
+async fn resources_are_waited_for_until_none_is_allocatable() {
+    let api = FakeApi::new("n1");
+    api.set_allocatable("nvidia.com/pgpu", "2");
+    api.set_allocatable("cpu", "8");
+    let (seen, told) = tokio::sync::mpsc::unbounded_channel();
+    let waiting = tokio::spawn({
+        let node = node(&api);
+        let is_one = |name: &str| name.starts_with("nvidia.com/");
+        async move { node.none_allocatable(is_one, &mut |left| drop(seen.send(left))).await }
+    });
+    let mut told = told;
+    assert_eq!(told.recv().await.unwrap(), ["nvidia.com/pgpu: 2"]);
+    until("watch is open", || api.open_watches() == 1).await;
+    api.set_allocatable("nvidia.com/pgpu", "1");
+    assert_eq!(told.recv().await.unwrap(), ["nvidia.com/pgpu: 1"]);
+    api.set_allocatable("nvidia.com/pgpu", "0");
+    waiting.await.unwrap().unwrap();
+    assert!(api.requests().iter().all(|request| !request.accept.contains("PartialObjectMetadata")));
+}
