@@ -29,13 +29,25 @@ pub struct Args {
     #[arg(long, env = "CC_READINESS_FILE", value_name = "PATH", default_value_os_t = crate::default_readiness_file())]
     pub readiness_file: PathBuf,
 
-    /// Namespace of the operator's components (accepted for compatibility; this version pauses none)
-    #[arg(long, env = "OPERATOR_NAMESPACE", value_name = "NAME", default_value = "gpu-operator")]
-    pub operator_namespace: String,
+    /// Namespace of the operator's components; by default that of this pod's service account, else gpu-operator
+    #[arg(long, env = "OPERATOR_NAMESPACE", value_name = "NAME")]
+    pub operator_namespace: Option<String>,
 
-    /// Whether to pause the operator's components during a change (accepted for compatibility; this version pauses none)
+    /// Whether to pause the operator's components during a change; any text but true (in whatever case) pauses none
     #[arg(long, env = "EVICT_OPERATOR_COMPONENTS", value_name = "true|false", default_value = "true")]
     pub evict_operator_components: String,
+
+    /// How long to wait for paused components to end before a change is given up and everything put back
+    #[arg(long, env = "CCNODE_PAUSE_TIMEOUT", value_name = "TIME", default_value = "5m", value_parser = duration)]
+    pub pause_timeout: Duration,
+
+    /// What to do while a GPU is in use: leave the node as it is and try again later, or withdraw it and wait
+    #[arg(long, env = "CCNODE_ON_BUSY", value_name = "refuse|wait", default_value = "refuse")]
+    pub on_busy: OnBusy,
+
+    /// With --on-busy wait: how long, before everything is put back
+    #[arg(long, env = "CCNODE_BUSY_TIMEOUT", value_name = "TIME", default_value = "10m", value_parser = duration)]
+    pub busy_timeout: Duration,
 
     /// Directory of devices.json, which tells the other agents what has been verified
     #[arg(long, env = "CCNODE_STATE_DIR", value_name = "PATH", default_value = STATE_DIR)]
@@ -64,6 +76,40 @@ pub struct Args {
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
+}
+
+/// What to do while a GPU is in use.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnBusy {
+    /// Leave the node as it is, and try again later.
+    Refuse,
+    /// Withdraw the node and wait.
+    Wait,
+}
+
+/// Where a pod finds the namespace it is in.
+const NAMESPACE_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
+
+/// The namespace given, else that of the service account, else the reference's default.
+pub(crate) fn namespace(given: Option<&str>, file: &Path) -> String {
+    let given = given.filter(|name| !name.is_empty()).map(ToOwned::to_owned);
+    let found =
+        || std::fs::read_to_string(file).ok().map(|text| text.trim().to_owned()).filter(|name| !name.is_empty());
+    given.or_else(found).unwrap_or_else(|| "gpu-operator".to_owned())
+}
+
+impl Args {
+    /// How the operator's components are paused; none when they are not.
+    pub(crate) fn pausing(&self) -> Option<crate::Pausing> {
+        let evicts = self.evict_operator_components.eq_ignore_ascii_case("true");
+        let namespace = || namespace(self.operator_namespace.as_deref(), Path::new(NAMESPACE_FILE));
+        evicts.then(|| crate::Pausing { namespace: namespace(), patience: self.pause_timeout })
+    }
+
+    /// How long devices in use are waited for.
+    pub(crate) fn busy_wait(&self) -> Duration {
+        if self.on_busy == OnBusy::Wait { self.busy_timeout } else { Duration::ZERO }
+    }
 }
 
 /// The kubeconfig as one file; none where it is empty, or a list of files as `KUBECONFIG` may be: the client library
@@ -95,7 +141,30 @@ mod tests {
         assert!(args.log.debug);
         let args = Args::try_parse_from(["cc-manager", "--default-cc-mode=off"]).unwrap();
         assert_eq!(args.readiness_file, Path::new("/run/nvidia/validations/.cc-manager-ctr-ready"));
-        assert_eq!(args.operator_namespace, "gpu-operator");
+        assert_eq!(args.pausing().unwrap().patience, Duration::from_mins(5));
+        for (text, pauses) in [("true", true), ("TRUE", true), ("false", false), ("1", false), ("", false)] {
+            let args = Args::try_parse_from(["cc-manager", &format!("--evict-operator-components={text}")]).unwrap();
+            assert_eq!(args.pausing().is_some(), pauses, "{text:?}");
+        }
+        assert_eq!(args.busy_wait(), Duration::ZERO);
+        let args = Args::try_parse_from(["cc-manager", "--on-busy", "wait", "--busy-timeout", "90s"]).unwrap();
+        assert_eq!(args.busy_wait(), Duration::from_secs(90));
+        assert!(Args::try_parse_from(["cc-manager", "--on-busy", "evict"]).is_err());
+    }
+
+    #[test]
+    fn the_namespace_is_read_and_not_assumed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let of = |given, text: &str| {
+            std::fs::write(file.path(), text).unwrap();
+            namespace(given, file.path())
+        };
+        assert_eq!(of(Some("given"), "mounted"), "given");
+        assert_eq!((of(None, "mounted\n"), of(Some(""), "mounted")), ("mounted".to_owned(), "mounted".to_owned()));
+        assert_eq!(
+            (of(None, ""), namespace(None, Path::new("/nonexistent"))),
+            ("gpu-operator".to_owned(), "gpu-operator".to_owned())
+        );
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! The loop: watch the node, plan, act, publish.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use agent_core::backoff::Backoff;
@@ -20,8 +20,9 @@ use tokio::time::Instant;
 
 use crate::executor::{self, DeviceFault, DeviceResult, Firmware};
 use crate::metrics::Counters;
+use crate::operands;
 use crate::plan::{self, Action, Source, Wanted};
-use crate::publish::{Facts, Publication, Verdict};
+use crate::publish::{Facts, Journal, Publication, Verdict};
 
 /// What the command line decides.
 #[derive(Clone, Debug)]
@@ -40,6 +41,20 @@ pub struct Settings {
     pub retry_max: Duration,
     /// How long a change may go on after the end was asked for.
     pub grace: Duration,
+    /// How the operator's components are paused during a change; none pauses none.
+    pub pausing: Option<Pausing>,
+    /// How long to wait for devices in use, with the node withdrawn; zero leaves everything as it is until they are free.
+    pub busy_wait: Duration,
+}
+
+/// How the operator's components are paused during a change.
+#[derive(Clone, Debug)]
+pub struct Pausing {
+    /// The namespace of their pods.
+    pub namespace: String,
+    /// How long to wait for the pods to end and for the kubelet to offer no GPU any more, before the change is given up and
+    /// everything put back.
+    pub patience: Duration,
 }
 
 /// The agent's loop, over a firmware that tests can replace.
@@ -197,11 +212,18 @@ impl<F: Firmware> Controller<F> {
             // The next round is due at once: the gate is not opened in between.
             return;
         }
-        match self.node.merge(&publication.change()).await {
-            Ok(written) => {
+        let labels: Vec<&str> = operands::labels().collect();
+        let mut written = false;
+        let compute = |node: &NodeState| {
+            let change = publication.change(node);
+            written |= !change.missing_from(node).is_empty();
+            change
+        };
+        match self.node.update((&labels, &[]), compute).await {
+            Ok(_) => {
                 self.memory.next_publish = None;
                 self.memory.api_retry.reset();
-                if written.is_some() {
+                if written {
                     let state = publication.verdict.mode_state().unwrap_or("(unchanged)");
                     let ready = publication.verdict.ready_state();
                     tracing::info!(event = "published", step = "publish", state, ready, "Node object is up to date");
@@ -325,22 +347,11 @@ impl<F: Firmware> Controller<F> {
             Action::Settled { refused } => {
                 let mut records = plan::records(&inventory, Some(mode), known.as_ref(), &[]);
                 plan::apply_faults(&mut records, &refused);
-                if !self.keep(&state, records.clone()) {
-                    let error = state.unwritable("so the other agents cannot be told that every device is verified");
-                    self.conclude(Verdict::NotBegun, &state, mode.as_str(), Some(&error), &records);
-                    return Round::Retry;
-                }
-                let faults: Vec<&DeviceFault> = refused.iter().collect();
-                if let Some(error) = first_error(&faults, "Not every device can be in", mode) {
-                    return self.refuse(&state, mode.as_str(), &error, records);
-                }
-                self.say(tracing::Level::INFO, &format!("Every device is verified in mode {mode} ({source})"));
-                self.conclude(Verdict::Applied(mode), &state, mode.as_str(), None, &records);
-                Round::Rest
+                self.found_right(mode, &refused, &state, records)
             }
             Action::Change { devices, whole, refused } => {
                 let change = Attempt { mode, source, devices, whole, refused };
-                self.change(change, &state, &inventory, known.as_ref(), shutdown).await
+                Box::pin(self.change(change, &state, &inventory, known.as_ref(), shutdown)).await
             }
         }
     }
@@ -348,12 +359,13 @@ impl<F: Firmware> Controller<F> {
     /// One attempt to bring devices to a mode.
     async fn change(
         &mut self,
-        Attempt { mode, source, devices, whole, refused }: Attempt,
+        attempt: Attempt,
         state: &StateDir,
         inventory: &Inventory,
         known: Option<&DevicesFile>,
         shutdown: &Shutdown,
     ) -> Round {
+        let Attempt { mode, source, ref devices, whole, ref refused } = attempt;
         if state.boot_id.is_empty() {
             let message =
                 "The kernel's boot id cannot be read, so nothing verified could be told from an earlier boot's";
@@ -361,14 +373,40 @@ impl<F: Firmware> Controller<F> {
             self.refuse(state, mode.as_str(), &error, Vec::new());
             return Round::Retry;
         }
-        if let Err(round) = self.withdraw(shutdown).await {
-            return round;
+        // What the node is, should nothing come of this.
+        let before = Before::of(inventory, mode, known);
+
+        // Before anybody is disturbed: whether it can be done now, and whether it is necessary at all.
+        let looked = devices.clone();
+        let is_unknown = plan::any_unknown(known, devices);
+        let look = move |firmware: &F| {
+            if is_unknown { firmware.verify(&looked, mode) } else { firmware.is_free(&looked).map(|()| Vec::new()) }
+        };
+        match executor::look(&self.firmware, look).await {
+            Some(Ok(results)) if is_unknown && results.iter().all(|result| result.result.is_ok()) => {
+                let mut records = plan::records(inventory, Some(mode), known, devices);
+                plan::apply_faults(&mut records, refused);
+                plan::apply_results(&mut records, &results);
+                return self.found_right(mode, refused, state, records);
+            }
+            Some(Err(faults)) if faults.iter().all(|fault| fault.busy) && self.settings.busy_wait.is_zero() => {
+                return self.hold(mode, &faults, state, before);
+            }
+            Some(Err(faults)) if !faults.iter().all(|fault| fault.busy) => {
+                let records = plan::records(inventory, Some(mode), known, devices);
+                return self.ended(&attempt, Err(faults), Duration::ZERO, state, records, before);
+            }
+            Some(_) | None => {}
         }
         if shutdown.is_requested() {
             return Round::Ended;
         }
-        let mut records = plan::records(inventory, Some(mode), known, &devices);
-        plan::apply_faults(&mut records, &refused);
+
+        if let Err(round) = self.begin(state, mode, whole, shutdown).await {
+            return round;
+        }
+        let mut records = plan::records(inventory, Some(mode), known, devices);
+        plan::apply_faults(&mut records, refused);
         // What an earlier attempt left over is changed without taking the devices that are right from their users.
         let transition = whole.then(|| Transition {
             target: mode.to_string(),
@@ -377,7 +415,7 @@ impl<F: Firmware> Controller<F> {
         });
         let mut journal = records.clone();
         if !whole {
-            plan::forget(&mut journal, &devices);
+            plan::forget(&mut journal, devices);
         }
         if !self.store(state, transition, journal) {
             let error = state.unwritable("so no device is touched");
@@ -394,41 +432,73 @@ impl<F: Firmware> Controller<F> {
             "Change of mode begins"
         );
         let begun = Instant::now();
-        let outcome = tokio::select! {
-            outcome = executor::apply(&self.firmware, devices, mode, shutdown) => outcome,
+        let ready = tokio::select! {
+            ready = self.others_are_out_of_the_way(devices, whole) => ready,
+            () = shutdown.wait() => Err(InTheWay::Told),
+            () = self.superseded() => Err(InTheWay::Told),
             never = self.keep_shut() => match never {},
         };
-        let took_ms = millis(begun.elapsed());
+        match ready {
+            Ok(()) => {}
+            Err(InTheWay::Others(error)) => return self.give_up(mode, &error, &[], state, before),
+            Err(InTheWay::Devices(faults)) => return self.hold(mode, &faults, state, before),
+            Err(InTheWay::Told) => {
+                // Nothing was touched. What was begun is ended or gone on with by the next round, or the next start.
+                self.store(state, None, plan::withheld(plan::records(inventory, Some(mode), known, &[])));
+                return if shutdown.is_requested() { Round::Ended } else { Round::Rest };
+            }
+        }
 
+        let outcome = tokio::select! {
+            outcome = executor::apply(&self.firmware, devices.clone(), mode, shutdown) => outcome,
+            never = self.keep_shut() => match never {},
+        };
+        self.ended(&attempt, outcome, begun.elapsed(), state, records, before)
+    }
+
+    /// What comes of an attempt that touched devices, or tried to.
+    fn ended(
+        &mut self,
+        attempt: &Attempt,
+        outcome: Result<Vec<DeviceResult>, Vec<DeviceFault>>,
+        took: Duration,
+        state: &StateDir,
+        mut records: Vec<DeviceRecord>,
+        before: Before,
+    ) -> Round {
+        let Attempt { mode, refused, .. } = attempt;
+        let (mode, took_ms) = (*mode, millis(took));
         let (mut verdict, mut error) = match outcome {
             Ok(results) => {
                 plan::apply_results(&mut records, &results);
                 let failed = results.iter().filter_map(|result| result.result.as_ref().err());
                 if failed.clone().any(|fault| fault.untouched) {
                     // Told to end, and ended before anything was lost: the next start begins anew.
-                    tracing::info!(event = "transition_stopped", step = "stage", mode = %mode, "Change was stopped before its resets");
+                    tracing::info!(
+                        event = "transition_stopped",
+                        step = "stage",
+                        mode = %mode,
+                        "Change was stopped before its resets"
+                    );
                     self.store(state, None, plan::withheld(records));
                     return Round::Ended;
                 }
-                let faults: Vec<&DeviceFault> = failed.chain(&refused).collect();
+                let faults: Vec<&DeviceFault> = failed.chain(refused).collect();
                 tell_results(&results);
                 match first_error(&faults, "Not every device was brought to", mode) {
                     None => (Verdict::Applied(mode), None),
                     error => (Verdict::Failed, error),
                 }
             }
+            // Somebody was quicker than we.
+            Err(faults) if faults.iter().all(|fault| fault.busy) => return self.hold(mode, &faults, state, before),
             Err(faults) => {
                 plan::apply_faults(&mut records, &faults);
-                let busy = faults.iter().all(|fault| fault.busy);
                 for DeviceFault { bdf, error, .. } in &faults {
                     tell_fault(*bdf, "own", error);
                 }
-                let error = first_error(
-                    &faults.iter().collect::<Vec<_>>(),
-                    "Not every device can be owned, so none is brought to",
-                    mode,
-                );
-                (if busy { Verdict::NotBegun } else { Verdict::Failed }, error)
+                let faults: Vec<&DeviceFault> = faults.iter().collect();
+                (Verdict::Failed, first_error(&faults, "Not every device can be owned, so none is brought to", mode))
             }
         };
         if self.is_superseded() {
@@ -440,16 +510,153 @@ impl<F: Firmware> Controller<F> {
             verdict = Verdict::Failed;
             error = Some(state.unwritable("so the other agents cannot be told that every device is verified"));
         }
-        let result = match verdict {
-            Verdict::Applied(_) => "applied",
-            Verdict::Failed => "failed",
-            Verdict::NotBegun => "busy",
-        };
+        let result = if matches!(verdict, Verdict::Applied(_)) { "applied" } else { "failed" };
         self.counters.transition(mode, result);
         tracing::info!(event = "transition_ended", step = "end", mode = %mode, result, took_ms, "Change of mode has ended");
         let round = if matches!(verdict, Verdict::Applied(_)) { Round::Rest } else { Round::Retry };
         self.conclude(verdict, state, mode.as_str(), error.as_ref(), &records);
         round
+    }
+
+    /// Every device that can be is verified in the mode.
+    fn found_right(
+        &mut self,
+        mode: Mode,
+        refused: &[DeviceFault],
+        state: &StateDir,
+        records: Vec<DeviceRecord>,
+    ) -> Round {
+        let faults: Vec<&DeviceFault> = refused.iter().collect();
+        if let Some(error) = first_error(&faults, "Not every device can be in", mode) {
+            return self.refuse(state, mode.as_str(), &error, records);
+        }
+        if !self.keep(state, records.clone()) {
+            let error = state.unwritable("so the other agents cannot be told that every device is verified");
+            self.conclude(Verdict::NotBegun, state, mode.as_str(), Some(&error), &records);
+            return Round::Retry;
+        }
+        self.say(tracing::Level::INFO, &format!("Every device is verified in mode {mode}"));
+        self.conclude(Verdict::Applied(mode), state, mode.as_str(), None, &records);
+        Round::Rest
+    }
+
+    /// Devices are in use, so none was touched: the node stays what it is, and offers what it offers.
+    fn hold(&mut self, mode: Mode, faults: &[DeviceFault], state: &StateDir, before: Before) -> Round {
+        for DeviceFault { bdf, error, .. } in faults {
+            if self.memory.said.insert(error.message.clone()) {
+                tell_fault(*bdf, "own", error);
+            }
+        }
+        let lines: Vec<&DeviceFault> = faults.iter().collect();
+        match first_error(&lines, "Not every device can be owned, so none is brought to", mode) {
+            Some(error) => self.give_up(mode, &error, faults, state, before),
+            None => Round::Retry,
+        }
+    }
+
+    /// An attempt ends before any device was touched.
+    fn give_up(
+        &mut self,
+        mode: Mode,
+        error: &ErrorRecord,
+        faults: &[DeviceFault],
+        state: &StateDir,
+        before: Before,
+    ) -> Round {
+        let Before { standing, mut records } = before;
+        plan::note_faults(&mut records, faults);
+        self.counters.transition(mode, "busy");
+        let verdict = standing.map_or(Verdict::NotBegun, Verdict::Held);
+        self.keep(state, records.clone());
+        self.conclude(verdict, state, mode.as_str(), Some(error), &records);
+        Round::Retry
+    }
+
+    /// The one patch that begins a change: the gate is shut, the journal written, the operator's components are paused.
+    async fn begin(&mut self, state: &StateDir, mode: Mode, whole: bool, shutdown: &Shutdown) -> Result<(), Round> {
+        let journal = Journal::begin(&state.boot_id, mode);
+        // A retry of what an earlier attempt left over disturbs nobody but the devices concerned.
+        let pause = whole && self.settings.pausing.is_some();
+        let reads: Vec<&str> = if pause { operands::labels().collect() } else { Vec::new() };
+        let begun = tokio::select! {
+            begun = self.node.update((&reads, &[]), |node| journal.change(node, pause)) => begun,
+            () = shutdown.wait() => return Err(Round::Ended),
+        };
+        self.forget_publication();
+        match begun {
+            Ok(_) => {
+                self.memory.api_retry.reset();
+                tracing::info!(event = "withdrawn", step = "withdraw", ready = "", "Node is not ready for GPU pods");
+                Ok(())
+            }
+            Err(error) => Err(Round::ApiFailed(error)),
+        }
+    }
+
+    /// Waits until nobody is in the way of a change: no pod of a paused component is left, the kubelet offers no GPU of this
+    /// node, and, where that is to be waited for, no device is in use.
+    async fn others_are_out_of_the_way(&self, devices: &[PciFunction], whole: bool) -> Result<(), InTheWay> {
+        if let Some(pausing) = self.settings.pausing.as_ref().filter(|_| whole) {
+            self.components_are_gone(pausing).await?;
+        }
+        let patience = self.settings.busy_wait;
+        let deadline = Instant::now() + patience;
+        while !patience.is_zero() {
+            let looked = devices.to_vec();
+            match executor::look(&self.firmware, move |firmware| firmware.is_free(&looked)).await {
+                Some(Err(faults)) if faults.iter().all(|fault| fault.busy) => {
+                    if Instant::now() >= deadline {
+                        return Err(InTheWay::Devices(faults));
+                    }
+                    tokio::time::sleep(BUSY_POLL.min(patience)).await;
+                }
+                _ => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the pods of the paused components, and then for the kubelet.
+    async fn components_are_gone(&self, pausing: &Pausing) -> Result<(), InTheWay> {
+        let Pausing { namespace, patience } = pausing;
+        let left = std::sync::Mutex::new(Vec::new());
+        let mut tell = |now| *left.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        let node = self.node.view().node().cloned().unwrap_or_default();
+        let waited = tokio::time::timeout(*patience, async {
+            if operands::any_paused(&node) {
+                let is_one = |labels: &BTreeMap<String, String>| operands::is_paused_pod(&node, labels);
+                self.node.pods_gone(namespace, is_one, &mut tell).await?;
+            }
+            self.node.none_allocatable(|resource| resource.starts_with("nvidia.com/"), &mut tell).await
+        });
+        let waited = waited.await;
+        let left = left.into_inner().unwrap_or_else(PoisonError::into_inner).join(", ");
+        let error = match waited {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => ErrorRecord {
+                code: error.code().to_owned(),
+                message: format!("Cannot tell whether the operator's components have stopped: {}", error.line()),
+            },
+            Err(_) => ErrorRecord {
+                code: "OperandsStillThere".to_owned(),
+                message: format!(
+                    "Not gone after {} s: {left}; nothing was changed, the paused components run again; look at what keeps these \
+                     pods of namespace {namespace} (or the kubelet's resources) on the node",
+                    patience.as_secs()
+                ),
+            },
+        };
+        tracing::warn!(event = "given_up", step = "pause", code = error.code, "{}", error.message);
+        Err(InTheWay::Others(error))
+    }
+
+    /// Returns when another mode is wanted than this round is about.
+    async fn superseded(&self) {
+        let mut view = self.node.subscribe();
+        while !self.is_superseded() {
+            // The sender lives in `self.node`, so this is always a change.
+            let _ = view.changed().await;
+        }
     }
 
     /// Shuts the node's gate again whenever somebody opens it: a person, another agent, or a patch of our own that the API
@@ -483,9 +690,7 @@ impl<F: Firmware> Controller<F> {
             merged = self.node.merge(&shut) => merged,
             () = shutdown.wait() => return Err(Round::Ended),
         };
-        // Whatever stood there before would open the gate again.
-        self.memory.publication = None;
-        self.memory.next_publish = None;
+        self.forget_publication();
         match merged {
             Ok(written) => {
                 self.memory.api_retry.reset();
@@ -501,6 +706,12 @@ impl<F: Firmware> Controller<F> {
             }
             Err(error) => Err(Round::ApiFailed(error)),
         }
+    }
+
+    /// Whatever stood on the node before would open the gate again.
+    fn forget_publication(&mut self) {
+        self.memory.publication = None;
+        self.memory.next_publish = None;
     }
 
     /// What is asked for cannot be begun: nothing is touched, and no device is in what is wanted.
@@ -566,6 +777,33 @@ impl<F: Firmware> Controller<F> {
             self.memory.problems.clone_from(&inventory.problems);
         }
     }
+}
+
+/// How often devices in use are tried again while everybody else is kept away from them.
+const BUSY_POLL: Duration = Duration::from_secs(5);
+
+/// What a node is before a change is attempted.
+struct Before {
+    /// The mode that every device is verified in.
+    standing: Option<Mode>,
+    records: Vec<DeviceRecord>,
+}
+
+impl Before {
+    fn of(inventory: &Inventory, wanted: Mode, known: Option<&DevicesFile>) -> Self {
+        let standing = plan::standing(inventory, known);
+        Self { standing, records: plan::records(inventory, Some(standing.unwrap_or(wanted)), known, &[]) }
+    }
+}
+
+/// What keeps a change from being made.
+enum InTheWay {
+    /// Components that do not stop, or cannot be seen to.
+    Others(ErrorRecord),
+    /// Devices that stay in use.
+    Devices(Vec<DeviceFault>),
+    /// We were told to do something else.
+    Told,
 }
 
 /// How long after a failure the gate is tried to be shut again while devices are being changed.

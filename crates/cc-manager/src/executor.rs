@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use agent_core::shutdown::Shutdown;
 use agent_core::state::ErrorRecord;
-use gpu_firmware::{Fault, Milestone, Mode, Observer, Ownership, Places, Progress, SystemClock, Transaction};
+use gpu_firmware::{
+    DeviceDone, DeviceOutcome, Fault, Milestone, Mode, NodeOutcome, Observer, Ownership, Places, Progress, SystemClock,
+    Transaction,
+};
 use hw_probe::{Bdf, PciFunction};
 
 /// How long a lock may be held by another role of ccnode before a device counts as busy: vfio-manager holds one for the
@@ -16,6 +19,13 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the agent needs of the firmware crate; tests put a fake in its place.
 pub trait Firmware: Send + Sync + 'static {
+    /// Owns all `devices` and releases them again, touching none. `Err` has one fault for each that could not be had.
+    fn is_free(&self, devices: &[PciFunction]) -> Result<(), Vec<DeviceFault>>;
+
+    /// Owns all `devices`, reads what each is in, and releases them; nothing is written or reset. `Ok` has one result a
+    /// device, an error for each that is not in what `target` asks of it. `Err` as for [`Firmware::is_free`].
+    fn verify(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>>;
+
     /// Owns all `devices`, brings them to `target`, verifies and releases them. Blocks until all is done; every wait
     /// within is bounded.
     ///
@@ -87,33 +97,49 @@ impl GpuFirmware {
     }
 }
 
+impl GpuFirmware {
+    fn own(&self, devices: &[PciFunction]) -> Result<Ownership, Vec<DeviceFault>> {
+        Ownership::take_within(devices, &self.places, LOCK_PATIENCE, &SystemClock)
+            .map_err(|refused| refused.0.iter().map(DeviceFault::from).collect::<Vec<_>>())
+    }
+}
+
 impl Firmware for GpuFirmware {
+    fn is_free(&self, devices: &[PciFunction]) -> Result<(), Vec<DeviceFault>> {
+        self.own(devices).map(drop)
+    }
+
+    fn verify(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
+        let ownership = self.own(devices)?;
+        Ok(results(&Transaction::new(&ownership).verify(target, &Log { stop: &AtomicBool::new(false) })))
+    }
+
     fn apply(
         &self,
         devices: &[PciFunction],
         target: Mode,
         stop: &AtomicBool,
     ) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
-        let ownership = Ownership::take_within(devices, &self.places, LOCK_PATIENCE, &SystemClock)
-            .map_err(|refused| refused.0.iter().map(DeviceFault::from).collect::<Vec<_>>())?;
+        let ownership = self.own(devices)?;
         for device in ownership.devices() {
             let hold = format!("{:?}", device.hold());
             tracing::info!(event = "device_owned", device = %device.bdf(), step = "own", hold, "Device is ours");
         }
-        let outcome = Transaction::new(&ownership).run(target, &Log { stop });
-        Ok(outcome
-            .devices
-            .iter()
-            .map(|device| DeviceResult {
-                bdf: device.bdf,
-                result: device.result.as_ref().map_err(DeviceFault::from).map(|done| Verified {
-                    configured: done.mode.to_string(),
-                    active: done.effective.to_string(),
-                    at: jiff::Timestamp::try_from(done.verified_at).unwrap_or_else(|_| jiff::Timestamp::now()),
-                }),
-            })
-            .collect())
+        Ok(results(&Transaction::new(&ownership).run(target, &Log { stop })))
     }
+}
+
+fn results(outcome: &NodeOutcome) -> Vec<DeviceResult> {
+    let verified = |done: &DeviceDone| Verified {
+        configured: done.mode.to_string(),
+        active: done.effective.to_string(),
+        at: jiff::Timestamp::try_from(done.verified_at).unwrap_or_else(|_| jiff::Timestamp::now()),
+    };
+    let result = |device: &DeviceOutcome| DeviceResult {
+        bdf: device.bdf,
+        result: device.result.as_ref().map(verified).map_err(DeviceFault::from),
+    };
+    outcome.devices.iter().map(result).collect()
 }
 
 /// Follows a transaction into the log.
@@ -164,6 +190,21 @@ fn log_progress(progress: &Progress) {
         }
         // Told by the controller, with code and cure, together with failures of ownership.
         Milestone::Failed { error } => tracing::debug!(%device, code = error.code(), "Device failed"),
+    }
+}
+
+/// Runs a piece of firmware work on a blocking thread. None when it panicked.
+pub(crate) async fn look<F: Firmware, T: Send + 'static>(
+    firmware: &Arc<F>,
+    work: impl FnOnce(&F) -> T + Send + 'static,
+) -> Option<T> {
+    let firmware = Arc::clone(firmware);
+    match tokio::task::spawn_blocking(move || work(&firmware)).await {
+        Ok(found) => Some(found),
+        Err(error) => {
+            tracing::error!(code = "Interrupted", "Look at the devices ended without a result: {error}");
+            None
+        }
     }
 }
 

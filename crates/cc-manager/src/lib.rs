@@ -18,6 +18,7 @@ mod args;
 mod controller;
 mod executor;
 mod metrics;
+mod operands;
 mod plan;
 mod publish;
 
@@ -34,7 +35,7 @@ use hw_probe::{Inventory, SysRoot};
 use node_object::NodeClient;
 
 pub use args::Args;
-pub use controller::{Controller, Settings};
+pub use controller::{Controller, Pausing, Settings};
 pub use executor::{DeviceFault, DeviceResult, Firmware, GpuFirmware, Verified};
 
 /// Runs the agent until SIGTERM or SIGINT. Fails only where going on makes no sense: unusable flags, no way to reach any
@@ -50,13 +51,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 async fn serve(args: Args) -> anyhow::Result<()> {
+    let (pausing, busy_wait) = (args.pausing(), args.busy_wait());
     let Args {
         default_cc_mode,
         node_name,
         kubeconfig,
         readiness_file,
-        operator_namespace,
-        evict_operator_components,
+        operator_namespace: _,
+        evict_operator_components: _,
+        pause_timeout: _,
+        on_busy: _,
+        busy_timeout: _,
         state_dir,
         resync,
         retry_min,
@@ -75,11 +80,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         default_cc_mode,
         "cc-manager started"
     );
-    tracing::debug!(
-        operator_namespace,
-        evict_operator_components,
-        "Operator components are not paused during a change in this version; the device plugin is withdrawn by devices.json"
-    );
+    let namespace = pausing.as_ref().map(|pausing| pausing.namespace.as_str());
+    tracing::debug!(namespace, "Namespace of the operator's components that are paused during a change, if any are");
 
     let shutdown = Shutdown::on_signals().context("Cannot listen for signals")?;
     let readiness = readiness::Registry::default();
@@ -93,8 +95,17 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         () = shutdown.wait() => return Ok(()),
     };
     let node = NodeClient::new(client, node_name, "ccnode-cc-manager");
-    let settings =
-        Settings { default_mode: default_cc_mode, readiness_file, state_dir, resync, retry_min, retry_max, grace };
+    let settings = Settings {
+        default_mode: default_cc_mode,
+        readiness_file,
+        state_dir,
+        resync,
+        retry_min,
+        retry_max,
+        grace,
+        pausing,
+        busy_wait,
+    };
     let scan = || Inventory::scan(&SysRoot::host());
     let controller = Controller::new(settings, node.clone(), Arc::new(GpuFirmware::host()), scan, &readiness, &metrics);
 

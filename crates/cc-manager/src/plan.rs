@@ -146,6 +146,22 @@ fn is_verified(record: &DeviceRecord, mode: Mode) -> bool {
     is(&record.configured_mode) && is(&record.active_mode) && record.verified_at.is_some()
 }
 
+/// The mode that every device has been verified in, whatever is wanted now.
+pub(crate) fn standing(inventory: &Inventory, known: Option<&DevicesFile>) -> Option<Mode> {
+    let is_settled =
+        |mode: &Mode| matches!(plan(inventory, *mode, known), Action::Settled { refused } if refused.is_empty());
+    known.and_then(|_| Mode::ALL.into_iter().find(is_settled))
+}
+
+/// Whether nothing is known of some of these devices, so that they must be looked at before it can be said whether they are
+/// to be changed.
+pub(crate) fn any_unknown(known: Option<&DevicesFile>, devices: &[PciFunction]) -> bool {
+    let known = known.filter(|known| known.transition.is_none());
+    let is_known =
+        |function| known.and_then(|known| known.record(function)).is_some_and(|record| record.verified_at.is_some());
+    !devices.iter().all(is_known)
+}
+
 /// The records of a node where `mode` is wanted (none: something that is no mode) while `changing` are in transition.
 ///
 /// This is the one place that says which devices may be offered: those verified in the mode that is wanted now.
@@ -245,6 +261,15 @@ pub(crate) fn apply_faults(records: &mut [DeviceRecord], faults: &[DeviceFault])
     for fault in faults {
         if let Some(record) = find(records, fault.bdf) {
             record.usable = false;
+            record.error = Some(fault.error.clone());
+        }
+    }
+}
+
+/// Notes errors of devices that stay as they are, offered or not.
+pub(crate) fn note_faults(records: &mut [DeviceRecord], faults: &[DeviceFault]) {
+    for fault in faults {
+        if let Some(record) = find(records, fault.bdf) {
             record.error = Some(fault.error.clone());
         }
     }

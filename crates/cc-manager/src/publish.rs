@@ -1,10 +1,14 @@
 //! What the node object is told, and how.
 
+use std::collections::BTreeMap;
+
 use agent_core::state::{DeviceRecord, ErrorRecord, SCHEMA};
 use gpu_firmware::Mode;
 use hw_probe::Bdf;
-use node_object::{Change, annotations, labels};
-use serde::Serialize;
+use node_object::{Change, NodeState, annotations, labels};
+use serde::{Deserialize, Serialize};
+
+use crate::operands;
 
 /// How the last attempt ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,8 +17,11 @@ pub(crate) enum Verdict {
     Applied(Mode),
     /// An attempt failed, or what was asked for is impossible.
     Failed,
-    /// No attempt could begin, because devices are in use or the state file cannot be written: the mode is what it was.
+    /// No attempt could begin, because devices are in use or the state file cannot be written: the mode is what it was, and
+    /// not known of every device.
     NotBegun,
+    /// No attempt could begin, because devices are in use; every device is verified in this other mode, and stays offered.
+    Held(Mode),
 }
 
 impl Verdict {
@@ -22,14 +29,14 @@ impl Verdict {
         match self {
             Self::Applied(_) => "applied",
             Self::Failed => "failed",
-            Self::NotBegun => "not-begun",
+            Self::NotBegun | Self::Held(_) => "not-begun",
         }
     }
 
     /// `cc.mode.state`, where it is to be written.
     pub(crate) fn mode_state(&self) -> Option<&'static str> {
         match self {
-            Self::Applied(mode) => Some(mode.as_str()),
+            Self::Applied(mode) | Self::Held(mode) => Some(mode.as_str()),
             Self::Failed => Some("failed"),
             Self::NotBegun => None,
         }
@@ -38,9 +45,9 @@ impl Verdict {
     /// `cc.ready.state` (operator-contract section 2.1).
     pub(crate) fn ready_state(&self) -> &'static str {
         match self {
-            Self::Applied(Mode::On | Mode::Ppcie) => "true",
-            Self::Applied(Mode::Off) => "false",
-            Self::Applied(Mode::Devtools) | Self::Failed | Self::NotBegun => "",
+            Self::Applied(Mode::On | Mode::Ppcie) | Self::Held(Mode::On | Mode::Ppcie) => "true",
+            Self::Applied(Mode::Off) | Self::Held(Mode::Off) => "false",
+            Self::Applied(Mode::Devtools) | Self::Held(Mode::Devtools) | Self::Failed | Self::NotBegun => "",
         }
     }
 }
@@ -114,15 +121,59 @@ impl Publication {
         Self { verdict, status }
     }
 
-    /// The one patch: both labels together, and the annotation.
-    pub(crate) fn change(&self) -> Change {
-        let change = Change::new()
+    /// The one patch: both labels together, the annotation, the components taken up again, no change under way.
+    pub(crate) fn change(&self, node: &NodeState) -> Change {
+        let change = operands::take_up(node, Change::new())
+            .without_annotation(annotations::TRANSITION)
             .label(labels::CC_READY_STATE, self.verdict.ready_state())
             .annotation(annotations::CC_STATUS, &*self.status);
         match self.verdict.mode_state() {
             Some(state) => change.label(labels::CC_MODE_STATE, state),
             None => change,
         }
+    }
+}
+
+/// The annotation `ccnode.dev/transition`: what is under way, should we not live to end it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Journal {
+    schema: u32,
+    node_uid: String,
+    boot_id: String,
+    /// The wanted mode.
+    target: String,
+    started_at: jiff::Timestamp,
+    /// The components' deploy labels before they were paused.
+    labels: BTreeMap<String, String>,
+}
+
+impl Journal {
+    /// One that begins now.
+    pub(crate) fn begin(boot_id: &str, target: Mode) -> Self {
+        Self {
+            schema: SCHEMA,
+            node_uid: String::new(),
+            boot_id: boot_id.to_owned(),
+            target: target.to_string(),
+            started_at: jiff::Timestamp::now(),
+            labels: BTreeMap::new(),
+        }
+    }
+
+    /// The patch that begins a change: the gate is shut, the journal written, and the components are paused if `pause`.
+    pub(crate) fn change(&self, node: &NodeState, pause: bool) -> Change {
+        // Of a change that was cut short, what the labels were before it is still what they were.
+        let before = node.annotation(annotations::TRANSITION).and_then(|text| serde_json::from_str::<Self>(text).ok());
+        let labels = match before.filter(|before| before.node_uid == node.uid && operands::any_paused(node)) {
+            Some(before) => before.labels,
+            None => operands::present(node),
+        };
+        let journal = Self { node_uid: node.uid.clone(), labels, ..self.clone() };
+        let change = Change::new()
+            .label(labels::CC_READY_STATE, "")
+            .annotation(annotations::TRANSITION, serde_json::to_string(&journal).unwrap_or_default());
+        if pause { operands::pause(node, change) } else { change }
     }
 }
 
@@ -139,6 +190,9 @@ mod tests {
             (Verdict::Applied(Mode::Devtools), Some("devtools"), ""),
             (Verdict::Failed, Some("failed"), ""),
             (Verdict::NotBegun, None, ""),
+            (Verdict::Held(Mode::On), Some("on"), "true"),
+            (Verdict::Held(Mode::Off), Some("off"), "false"),
+            (Verdict::Held(Mode::Devtools), Some("devtools"), ""),
         ] {
             assert_eq!((verdict.mode_state(), verdict.ready_state()), (state, ready), "{verdict:?}");
         }
@@ -154,7 +208,40 @@ mod tests {
             one.status,
             r#"{"schema":1,"nodeUid":"u","bootId":"b","wanted":"on","result":"not-begun","error":{"code":"InUse","message":"0000:41:00.0: in use"},"devices":[]}"#
         );
-        let change = one.change();
+        let change = one.change(&NodeState::default());
         assert_eq!(change.labels.len(), 1, "a change that did not begin leaves cc.mode.state alone");
+    }
+
+    const VFIO: &str = "nvidia.com/gpu.deploy.vfio-manager";
+
+    #[test]
+    fn a_journal_keeps_the_labels_of_before_the_first_attempt() {
+        let mut node = NodeState { uid: "u".to_owned(), ..NodeState::default() };
+        node.labels.insert(VFIO.to_owned(), "true".to_owned());
+        let journal = Journal::begin("b", Mode::On);
+        let first = journal.change(&node, true);
+        assert_eq!(first.labels[labels::CC_READY_STATE].as_deref(), Some(""));
+        assert_eq!(first.labels[VFIO].as_deref(), Some("paused-for-cc-mode-change"));
+        let told = |change: &Change| {
+            serde_json::from_str::<Journal>(change.annotations[annotations::TRANSITION].as_deref().unwrap()).unwrap()
+        };
+        assert_eq!((told(&first).labels[VFIO].as_str(), told(&first).node_uid.as_str()), ("true", "u"));
+        // The same after a crash: the label now says "paused", the journal still says "true".
+        node.labels.insert(VFIO.to_owned(), "paused-for-cc-mode-change".to_owned());
+        node.annotations
+            .insert(annotations::TRANSITION.to_owned(), first.annotations[annotations::TRANSITION].clone().unwrap());
+        assert_eq!(told(&journal.change(&node, true)).labels[VFIO], "true");
+        // A journal of another node under the same name says nothing.
+        node.uid = "other".to_owned();
+        assert_eq!(told(&journal.change(&node, true)).labels[VFIO], "paused-for-cc-mode-change");
+
+        let last = Publication::new(
+            Verdict::Failed,
+            Facts { node_uid: "u", boot_id: "b", wanted: "on", error: None, devices: &[] },
+        )
+        .change(&node);
+        assert_eq!(last.labels[VFIO].as_deref(), Some("true"));
+        assert_eq!(last.annotations[annotations::TRANSITION], None);
+        assert!(!journal.change(&node, false).labels.contains_key(VFIO));
     }
 }

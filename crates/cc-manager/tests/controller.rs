@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use agent_core::metrics::Metrics;
 use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::{DEVICES_FILE, DevicesFile, ErrorRecord};
-use cc_manager::{Controller, DeviceFault, DeviceResult, Firmware, Settings, Verified};
+use cc_manager::{Controller, DeviceFault, DeviceResult, Firmware, Pausing, Settings, Verified};
 use gpu_firmware::Mode;
 use http::Method;
 use hw_probe::testing::FakeSysfs;
@@ -52,6 +52,12 @@ struct FakeFirmware {
     file: PathBuf,
     script: Mutex<VecDeque<Script>>,
     calls: Mutex<Vec<Call>>,
+    /// Ownership refused so far.
+    refused: AtomicUsize,
+    /// The gate at each look at the devices that changes nothing.
+    looks: Mutex<Vec<Option<String>>>,
+    /// What each device is in, as far as it was ever changed.
+    modes: Mutex<BTreeMap<Bdf, Mode>>,
     held: Mutex<bool>,
     released: Condvar,
 }
@@ -66,6 +72,10 @@ impl FakeFirmware {
         self.calls.lock().unwrap().clone()
     }
 
+    fn looks(&self) -> Vec<Option<String>> {
+        self.looks.lock().unwrap().clone()
+    }
+
     fn script(&self, script: Script) {
         self.script.lock().unwrap().push_back(script);
     }
@@ -76,7 +86,42 @@ fn fault(bdf: Bdf, code: &str, busy: bool) -> DeviceFault {
     DeviceFault { bdf, busy, untouched: code == "Stopped", error: ErrorRecord { code: code.to_owned(), message } }
 }
 
+impl FakeFirmware {
+    /// What the script says of ownership, if that is the next thing it has to say.
+    fn refusal(&self) -> Option<DeviceFault> {
+        let mut script = self.script.lock().unwrap();
+        match script.front() {
+            Some(Script::Refuse(bdf, code, busy)) => {
+                let fault = fault(bdf.parse().unwrap(), code, *busy);
+                script.pop_front();
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                Some(fault)
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Firmware for FakeFirmware {
+    fn is_free(&self, _: &[PciFunction]) -> Result<(), Vec<DeviceFault>> {
+        self.refusal().map_or(Ok(()), |fault| Err(vec![fault]))
+    }
+
+    fn verify(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
+        if let Some(fault) = self.refusal() {
+            return Err(vec![fault]);
+        }
+        self.looks.lock().unwrap().push(self.api.labels().get(labels::CC_READY_STATE).cloned());
+        let modes = self.modes.lock().unwrap();
+        let result = |device: &PciFunction| match modes.get(&device.bdf) {
+            Some(mode) if *mode == target => {
+                Ok(Verified { configured: target.to_string(), active: target.to_string(), at: jiff::Timestamp::now() })
+            }
+            _ => Err(fault(device.bdf, "VerifyFailed", false)),
+        };
+        Ok(devices.iter().map(|device| DeviceResult { bdf: device.bdf, result: result(device) }).collect())
+    }
+
     fn apply(
         &self,
         devices: &[PciFunction],
@@ -116,6 +161,7 @@ impl Firmware for FakeFirmware {
         let result = |device: &PciFunction| match failing {
             Some((bdf, code)) if device.bdf.to_string() == bdf => Err(fault(device.bdf, code, false)),
             _ => {
+                self.modes.lock().unwrap().insert(device.bdf, target);
                 Ok(Verified { configured: target.to_string(), active: target.to_string(), at: jiff::Timestamp::now() })
             }
         };
@@ -158,6 +204,9 @@ impl World {
             file: here.path().join("state").join(DEVICES_FILE),
             script: Mutex::default(),
             calls: Mutex::default(),
+            refused: AtomicUsize::default(),
+            looks: Mutex::default(),
+            modes: Mutex::default(),
             held: Mutex::new(false),
             released: Condvar::new(),
         });
@@ -169,20 +218,30 @@ impl World {
     }
 
     fn start_with(&self, default_mode: &str, resync: Duration) -> Agent {
+        self.start_as(|settings| {
+            default_mode.clone_into(&mut settings.default_mode);
+            settings.resync = resync;
+        })
+    }
+
+    fn start_as(&self, change: impl FnOnce(&mut Settings)) -> Agent {
         let node = NodeClient::new(self.api.client(), "n1", "test").with_timing(Timing {
             first_delay: Duration::from_millis(5),
             last_delay: Duration::from_millis(20),
             ..Timing::default()
         });
-        let settings = Settings {
-            default_mode: default_mode.to_owned(),
+        let mut settings = Settings {
+            default_mode: "on".to_owned(),
             readiness_file: self.readiness_file(),
             state_dir: self.here.path().join("state"),
-            resync,
+            resync: Duration::from_secs(30),
             retry_min: Duration::from_millis(20),
             retry_max: Duration::from_millis(40),
             grace: Duration::from_millis(300),
+            pausing: Some(Pausing { namespace: "gpu-operator".to_owned(), patience: Duration::from_millis(500) }),
+            busy_wait: Duration::ZERO,
         };
+        change(&mut settings);
         let root = self.sysfs.root();
         let (readiness, metrics, shutdown) = (Registry::default(), Metrics::new(), Shutdown::manual());
         let controller = Controller::new(
@@ -254,9 +313,22 @@ async fn the_label_becomes_the_mode_of_all_gpus() {
     world.until_state("on", "true").await;
 
     let patches = world.api.patches();
-    assert_eq!(patches.len(), 2, "two patches a transition: {patches:?}");
+    assert_eq!(patches.len(), 3, "one at boot, and two a transition: {patches:?}");
     assert_eq!(patches[0].body, serde_json::json!({"metadata": {"labels": {"nvidia.com/cc.ready.state": ""}}}));
-    assert_eq!(patches[1].body["metadata"]["labels"], serde_json::json!({"nvidia.com/cc.ready.state": "true"}));
+    let changed = |patch: &node_object::testing::Recorded| -> Vec<String> {
+        let operations = patch.body.as_array().unwrap().iter().filter(|operation| operation["op"] != "test");
+        operations.map(|operation| format!("{} {}", operation["op"], operation["path"]).replace('"', "")).collect()
+    };
+    let names = "add /metadata/annotations|add /metadata/annotations/ccnode.dev~1transition";
+    assert_eq!(changed(&patches[1]).join("|"), names);
+    assert_eq!(
+        changed(&patches[2]),
+        [
+            "add /metadata/labels/nvidia.com~1cc.ready.state",
+            "add /metadata/annotations/ccnode.dev~1cc-status",
+            "remove /metadata/annotations/ccnode.dev~1transition"
+        ]
+    );
     let calls = world.firmware.calls();
     assert_eq!(calls.len(), 1);
     assert_eq!((calls[0].devices.clone(), calls[0].target), (vec![A.to_owned(), B.to_owned()], Mode::On));
@@ -279,8 +351,10 @@ async fn the_label_becomes_the_mode_of_all_gpus() {
     assert!(metrics.contains(r#"ccnode_cc_device_verified_mode{device="0000:41:00.0",mode="on"} 1"#), "{metrics}");
 
     for (label, mode, ready) in [("devtools", "devtools", ""), ("off", "off", "false"), ("on", "on", "true")] {
+        let before = world.api.patches().len();
         world.api.set_label(labels::CC_MODE, Some(label));
         world.until_state(mode, ready).await;
+        assert_eq!(world.api.patches().len(), before + 2, "two patches a transition");
     }
     assert_eq!(world.firmware.calls().len(), 4);
     assert!(world.firmware.calls().iter().all(|call| call.ready.as_deref() == Some("")));
@@ -301,13 +375,13 @@ async fn what_is_right_is_left_alone_across_restarts_and_resyncs() {
     let agent = world.start_with("on", Duration::from_millis(10));
     settle().await;
     agent.stop().await;
-    assert_eq!(world.firmware.calls().len(), 1, "no device is touched again in this boot");
+    assert_eq!((world.firmware.calls().len(), world.firmware.looks().len()), (1, 1), "touched once a boot");
     assert_eq!(world.api.patches().len(), patches, "nothing is written again");
 
     world.sysfs.file("proc/sys/kernel/random/boot_id", "99999999-2222-4333-8444-555555555555\n");
     let agent = world.start();
-    until("verified again in the next boot", || world.firmware.calls().len() == 2).await;
-    assert_eq!(world.firmware.calls()[1].ready.as_deref(), Some(""), "the first act of a boot is to shut the gate");
+    until("verified again in the next boot", || world.firmware.looks().len() == 2).await;
+    assert_eq!(world.firmware.looks()[1].as_deref(), Some(""), "the first act of a boot is to shut the gate");
     world.until_state("on", "true").await;
     agent.stop().await;
 }
@@ -362,22 +436,140 @@ async fn a_device_that_fails_is_named_and_tried_again_alone() {
 }
 
 #[tokio::test]
-async fn a_device_in_use_is_waited_for_and_the_state_stays_true() {
-    let world = World::new(&[(A, H100)]);
+async fn a_device_in_use_changes_nothing_until_it_is_free() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    world.api.set_label(VFIO, Some("true"));
     let agent = world.start();
     world.until_state("on", "true").await;
-    for _ in 0..3 {
+    let calls = world.firmware.calls().len();
+    for _ in 0..1000 {
         world.firmware.script(Script::Refuse(A, "InUse", true));
     }
-    world.firmware.hold(true);
+    let gates: Arc<Mutex<Vec<String>>> = Arc::default();
+    let seen = Arc::clone(&gates);
+    world.api.on_change(move |labels: &BTreeMap<String, String>| {
+        seen.lock().unwrap().push(format!("{:?} {:?}", labels.get(labels::CC_READY_STATE), labels.get(VFIO)));
+    });
     world.api.set_label(labels::CC_MODE, Some("off"));
-    until("second attempt", || world.firmware.calls().len() >= 2).await;
-    world.firmware.hold(false);
+    until("second attempt", || world.firmware.refused.load(Ordering::Relaxed) >= 2).await;
     until("told", || world.status()["result"] == "not-begun").await;
-    assert_eq!(world.state(), (Some("on".to_owned()), Some(String::new())));
-    assert_eq!(world.status()["error"]["code"], "InUse");
+    let status = world.status();
+    assert_eq!((&status["error"]["code"], &status["wanted"]), (&"InUse".into(), &"off".into()));
+    assert_eq!(status["devices"][0]["error"]["code"], "InUse");
+    assert_eq!(world.state(), (Some("on".to_owned()), Some("true".to_owned())));
+    assert_eq!(world.offered(), [A, B], "nothing is withdrawn");
+    assert!(gates.lock().unwrap().iter().all(|seen| seen == r#"Some("true") Some("true")"#), "{gates:?}");
+    assert_eq!(world.firmware.calls().len(), calls, "nothing was begun");
+    world.firmware.script.lock().unwrap().clear();
     world.until_state("off", "false").await;
     agent.stop().await;
+}
+
+#[tokio::test]
+async fn devices_in_use_can_be_waited_for_with_the_node_withdrawn() {
+    let world = World::new(&[(A, H100)]);
+    world.api.set_label(VFIO, Some("true"));
+    let waiting = |world: &World, busy_wait| world.start_as(|settings| settings.busy_wait = busy_wait);
+    let agent = waiting(&world, Duration::from_mins(1));
+    world.until_state("on", "true").await;
+    for _ in 0..1000 {
+        world.firmware.script(Script::Refuse(A, "InUse", true));
+    }
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("withdrawn", || world.state() == (Some("on".to_owned()), Some(String::new()))).await;
+    until("paused", || world.api.labels()[VFIO] == "paused-for-cc-mode-change").await;
+    assert!(world.offered().is_empty());
+    // Another wish ends the wait, and so does the end: everything is put back by the next round or the next start.
+    world.api.set_label(labels::CC_MODE, Some("on"));
+    world.until_state("on", "true").await;
+    assert_eq!((world.api.labels()[VFIO].as_str(), world.offered()), ("true", vec![A.to_owned()]));
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("withdrawn again", || world.state() == (Some("on".to_owned()), Some(String::new()))).await;
+    agent.stop().await;
+    assert!(world.file().unwrap().transition.is_none());
+
+    let agent = waiting(&world, Duration::from_millis(50));
+    until("given up", || world.status()["error"]["code"] == "InUse").await;
+    world.until_state("on", "true").await;
+    assert_eq!((world.api.labels()[VFIO].as_str(), world.offered()), ("true", vec![A.to_owned()]));
+    assert_eq!(world.firmware.calls().len(), 1);
+    agent.stop().await;
+}
+
+const VFIO: &str = "nvidia.com/gpu.deploy.vfio-manager";
+const KATA: &str = "nvidia.com/gpu.deploy.kata-sandbox-device-plugin";
+const PAUSED: &str = "paused-for-cc-mode-change";
+
+#[tokio::test]
+async fn components_are_paused_and_awaited_before_a_device_is_touched() {
+    let world = World::new(&[(A, H100)]);
+    for (label, value) in [(VFIO, "true"), (KATA, "true"), ("nvidia.com/gpu.deploy.sandbox-validator", "false")] {
+        world.api.set_label(label, Some(value));
+    }
+    world.api.add_pod("gpu-operator", "vfio-1", &[("name", "nvidia-vfio-manager")]);
+    world.api.add_pod("gpu-operator", "plugin-1", &[("app", "nvidia-kata-sandbox-device-plugin-daemonset")]);
+    world.api.add_pod("gpu-operator", "cc-1", &[("name", "nvidia-cc-manager")]);
+    world.api.set_allocatable("nvidia.com/pgpu", "1");
+    let agent = world.start_as(|settings| settings.pausing.as_mut().unwrap().patience = Duration::from_mins(1));
+    until("paused", || [VFIO, KATA].iter().all(|label| world.api.labels()[*label] == PAUSED)).await;
+    let journal: serde_json::Value = serde_json::from_str(&world.api.annotations()[annotations::TRANSITION]).unwrap();
+    assert_eq!((&journal["target"], &journal["labels"][VFIO]), (&"on".into(), &"true".into()));
+    for end in ["vfio-1", "plugin-1"] {
+        settle().await;
+        assert!(world.firmware.calls().is_empty(), "{end} is still there");
+        world.api.delete_pod("gpu-operator", end);
+    }
+    settle().await;
+    assert!(world.firmware.calls().is_empty(), "the kubelet still offers a GPU");
+    world.api.set_allocatable("nvidia.com/pgpu", "0");
+    world.until_state("on", "true").await;
+    let labels = world.api.labels();
+    assert_eq!((labels[VFIO].as_str(), labels[KATA].as_str()), ("true", "true"));
+    assert_eq!(labels["nvidia.com/gpu.deploy.sandbox-validator"], "false", "a person's choice is kept");
+    assert!(!world.api.annotations().contains_key(annotations::TRANSITION));
+    assert_eq!(world.firmware.calls()[0].ready.as_deref(), Some(""));
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn components_that_do_not_stop_end_the_attempt_and_run_again() {
+    let world = World::new(&[(A, H100)]);
+    world.api.set_label(VFIO, Some("true"));
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    world.api.add_pod("gpu-operator", "vfio-1", &[("name", "nvidia-vfio-manager")]);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("given up", || world.status()["error"]["code"] == "OperandsStillThere").await;
+    let message = world.status()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(message.contains("vfio-1") && message.contains("gpu-operator"), "{message}");
+    world.until_state("on", "true").await;
+    assert_eq!((world.firmware.calls().len(), world.offered()), (1, vec![A.to_owned()]));
+    until("runs again", || world.api.labels()[VFIO] == "true").await;
+    world.api.delete_pod("gpu-operator", "vfio-1");
+    world.until_state("off", "false").await;
+
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_crash_or_the_reference_left_paused_runs_again() {
+    for (mode, calls) in [("on", 1), ("devtools", 2)] {
+        let world = World::new(&[(A, H100)]);
+        world.api.set_label(VFIO, Some("true"));
+        let agent = world.start();
+        world.until_state("on", "true").await;
+        agent.stop().await;
+        // As after a SIGKILL between the pausing and the end, or of NVIDIA's cc-manager, which writes no annotation.
+        world.api.set_label(VFIO, Some(PAUSED));
+        world.api.set_label(KATA, Some("paused-for-driver-upgrade_paused-for-cc-mode-change"));
+        world.api.set_label(labels::CC_MODE, Some(mode));
+        let agent = world.start();
+        until("runs again", || world.api.labels()[VFIO] == "true").await;
+        until("the other's marker stays", || world.api.labels()[KATA] == "paused-for-driver-upgrade").await;
+        until("state", || world.state().0.as_deref() == Some(mode)).await;
+        assert_eq!(world.firmware.calls().len(), calls);
+        agent.stop().await;
+    }
 }
 
 #[tokio::test]
@@ -391,8 +583,28 @@ async fn back_to_what_it_is_needs_no_device() {
     world.api.set_label(labels::CC_MODE, Some("off"));
     until("told", || world.status()["result"] == "not-begun").await;
     world.api.set_label(labels::CC_MODE, Some("on"));
+    until("told", || world.status()["result"] == "applied").await;
     world.until_state("on", "true").await;
-    assert!(world.firmware.calls()[1..].iter().all(|call| call.target == Mode::Off));
+    assert_eq!(world.firmware.calls().len(), 1);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn in_a_new_boot_what_is_right_already_disturbs_nobody() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    world.api.set_label(VFIO, Some("true"));
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    agent.stop().await;
+    world.sysfs.file("proc/sys/kernel/random/boot_id", "99999999-2222-4333-8444-555555555555\n");
+    let seen: Arc<Mutex<Vec<String>>> = Arc::default();
+    let noted = Arc::clone(&seen);
+    world.api.on_change(move |labels: &BTreeMap<String, String>| noted.lock().unwrap().push(labels[VFIO].clone()));
+    let agent = world.start();
+    until("verified again", || world.file().unwrap().origin.boot_id.starts_with("9999")).await;
+    world.until_state("on", "true").await;
+    assert_eq!(world.firmware.calls().len(), 1, "looked at, and not changed");
+    assert!(seen.lock().unwrap().iter().all(|label| label == "true"), "{seen:?}");
     agent.stop().await;
 }
 
@@ -400,8 +612,10 @@ async fn back_to_what_it_is_needs_no_device() {
 async fn a_refusal_that_is_no_matter_of_use_is_a_failure() {
     let world = World::new(&[(A, H100)]);
     world.firmware.script(Script::Refuse(A, "NoGroupFile", false));
+    world.api.set_label(VFIO, Some("true"));
     let agent = world.start();
     world.until_state("failed", "").await;
+    assert_eq!(world.api.patches().len(), 2, "the boot's first, and the failure: nobody was disturbed");
     world.until_state("on", "true").await;
     agent.stop().await;
 }
@@ -470,7 +684,7 @@ async fn hardware_waits_for_the_gate_and_the_result_for_the_api_server() {
     touched.hold(true);
     let agent = world.start();
     until("device is being changed", || touched.calls().len() == 1).await;
-    assert_eq!(world.api.patches().len(), 4, "three refused, one taken");
+    assert_eq!(world.api.patches().len(), 5, "three refused; the boot's first, and that which begins the change");
     assert_eq!(touched.calls()[0].ready.as_deref(), Some(""));
     touched.hold(false);
     world.until_state("on", "true").await;
@@ -684,7 +898,7 @@ async fn nothing_is_offered_that_is_not_verified_in_what_is_wanted_now() {
         ("nothing", |_| {}, "off", ("off", "false"), "", &[A, B]),
         ("unknown mode", |_| {}, "bananas", ("failed", ""), "UnknownMode", &[]),
         ("impossible mode", |_| {}, "ppcie", ("failed", ""), "Unsupported", &[]),
-        ("in use", |world| refuse_all(world, B, "InUse", true), "on", ("off", ""), "InUse", &[]),
+        ("in use", |world| refuse_all(world, B, "InUse", true), "on", ("off", "false"), "InUse", &[A, B]),
         ("refused", |world| refuse_all(world, B, "NoGroupFile", false), "on", ("failed", ""), "NoGroupFile", &[]),
         ("one fails", |world| fail_all(world, B), "on", ("failed", ""), "BootTimeout", &[A]),
         ("one gone", |world| world.sysfs.remove(B.parse::<Bdf>().unwrap()), "off", ("off", "false"), "", &[A]),
@@ -783,8 +997,8 @@ async fn a_file_that_cannot_be_believed_is_replaced_by_what_is_verified_again() 
             Some(text) => std::fs::write(&world.firmware.file, text).unwrap(),
         }
         let agent = world.start();
-        until(what, || world.firmware.calls().len() == 2).await;
-        assert_eq!(world.firmware.calls()[1].ready.as_deref(), Some(""), "{what}");
+        until(what, || world.firmware.looks().len() == 2).await;
+        assert_eq!(world.firmware.looks()[1].as_deref(), Some(""), "{what}");
         world.until_state("on", "true").await;
         assert_eq!(world.offered(), [A], "{what}");
         assert_eq!(*lies.lock().unwrap(), Vec::<String>::new(), "{what}");
@@ -801,10 +1015,10 @@ async fn a_file_that_cannot_be_believed_is_replaced_by_what_is_verified_again() 
         file["news"] = "from the future".into();
         std::fs::write(&world.firmware.file, file.to_string()).unwrap();
         let agent = world.start();
-        until("verified", || world.firmware.calls().len() == changes).await;
+        until("verified", || world.firmware.looks().len() == changes).await;
         world.until_state("on", "true").await;
         settle().await;
-        assert_eq!((world.firmware.calls().len(), world.offered()), (changes, vec![A.to_owned()]), "schema {schema}");
+        assert_eq!((world.firmware.looks().len(), world.offered()), (changes, vec![A.to_owned()]), "schema {schema}");
         agent.stop().await;
     }
 }
@@ -929,6 +1143,6 @@ async fn gpus_that_are_all_gone_leave_no_promise_behind() {
     assert_eq!(world.api.patches().len(), patches);
     world.sysfs.gpu(A, H100).group(1);
     world.until_state("on", "true").await;
-    assert_eq!(world.firmware.calls().len(), 2, "a device that comes back is looked at again");
+    assert_eq!(world.firmware.looks().len(), 2, "a device that comes back is looked at again");
     agent.stop().await;
 }

@@ -191,6 +191,22 @@ impl<'a> Transaction<'a> {
     }
 }
 
+impl Transaction<'_> {
+    /// Reads of every device whether it is in its own mode in the node's mode `target`; nothing is written or reset.
+    pub fn verify(&self, target: Mode, observer: &dyn Observer) -> NodeOutcome {
+        let start = Instant::now();
+        let devices = self.devices.iter().map(|owned| (owned.bdf(), owned)).collect();
+        let verified = parallel(devices, |bdf, owned: &OwnedDevice| {
+            let mut device = Device::open(owned)?;
+            let Observed { effective, knobs, .. } = device.verify(target)?;
+            observer.progress(&Progress { bdf, at: SystemTime::now(), what: Milestone::Verified });
+            done(&device, target, effective, knobs, Vec::new(), false, start)
+        });
+        let devices = verified.into_iter().map(|(bdf, result)| DeviceOutcome { bdf, result }).collect();
+        NodeOutcome { target, devices, took: start.elapsed() }
+    }
+}
+
 /// The transaction over devices however they are opened.
 fn run<F>(devices: Vec<(Bdf, F)>, target: Mode, observer: &dyn Observer) -> NodeOutcome
 where
@@ -219,9 +235,7 @@ where
         }
         // Without a reset, staging has read the effective mode and every knob of the target, and found them right.
         tell(Milestone::Verified);
-        let mode = device.support().target(target).map_err(|fault| Error::new(bdf, fault))?;
-        let (verified_at, took) = (SystemTime::now(), start.elapsed());
-        Ok(DeviceDone { mode, effective, knobs, written, was_reset: reset_needed, verified_at, took })
+        done(&device, target, effective, knobs, written, reset_needed, start)
     };
     let undo = |bdf: Bdf, (mut device, staged): (Device, Staged)| {
         let undone = device.unstage(&staged.written)?;
@@ -236,6 +250,21 @@ where
     });
     let devices = finished.into_iter().map(|(bdf, result)| DeviceOutcome { bdf, result }).collect();
     NodeOutcome { target, devices, took: start.elapsed() }
+}
+
+/// What is told of a device that has been verified just now.
+fn done(
+    device: &Device,
+    target: Mode,
+    effective: Effective,
+    knobs: Vec<KnobState>,
+    written: Vec<KnobWrite>,
+    was_reset: bool,
+    start: Instant,
+) -> Result<DeviceDone, Error> {
+    let mode = device.support().target(target).map_err(|fault| Error::new(device.bdf(), fault))?;
+    let (verified_at, took) = (SystemTime::now(), start.elapsed());
+    Ok(DeviceDone { mode, effective, knobs, written, was_reset, verified_at, took })
 }
 
 /// Stages a device, after a reset if its mailbox turns out not to work.
