@@ -7,6 +7,8 @@ use agent_core::health::HealthArgs;
 use agent_core::logs::LogArgs;
 use agent_core::state::STATE_DIR;
 use agent_core::text::duration;
+use anyhow::Context;
+use gpu_firmware::Mode;
 
 /// Puts all GPUs of this node into the confidential-computing mode that the node's label nvidia.com/cc.mode asks for.
 #[derive(clap::Parser, Clone, Debug)]
@@ -36,6 +38,27 @@ pub struct Args {
     /// Whether to pause the operator's components during a change; any text but true (in whatever case) pauses none
     #[arg(long, env = "EVICT_OPERATOR_COMPONENTS", value_name = "true|false", default_value = "true")]
     pub evict_operator_components: String,
+
+    /// The modes that may be asked for, separated by commas
+    #[arg(long, env = "CCNODE_ALLOWED_MODES", value_name = "MODES", default_value = "off,on,devtools,ppcie")]
+    pub allowed_modes: String,
+
+    /// Whether to work, or only to publish in the annotation ccnode.dev/cc-status what is and what would be done
+    #[arg(long, env = "CCNODE_MODE", value_name = "enforce|observe", default_value = "enforce")]
+    pub mode: Work,
+
+    /// What to do with a node that was ready for confidential pods and whose host has no TEE any more: leave it as it is, as
+    /// a failure, or go by the default, which is then off
+    #[arg(long, env = "CCNODE_TEE_MISSING", value_name = "hold|off", default_value = "off")]
+    pub tee_missing: TeeMissing,
+
+    /// Least time between a change that reset GPUs and the next change to another mode
+    #[arg(long, env = "CCNODE_HOLD_DOWN", value_name = "TIME", default_value = "1m", value_parser = duration)]
+    pub hold_down: Duration,
+
+    /// How often to look whether a GPU that was in use has been let go; it is then verified again
+    #[arg(long, env = "CCNODE_RELEASE_POLL", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub release_poll: Duration,
 
     /// How long to wait for paused components to end before a change is given up and everything put back
     #[arg(long, env = "CCNODE_PAUSE_TIMEOUT", value_name = "TIME", default_value = "5m", value_parser = duration)]
@@ -87,6 +110,24 @@ pub enum OnBusy {
     Wait,
 }
 
+/// Whether to work.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Bring the GPUs to the wanted mode.
+    Enforce,
+    /// Say what is and what would be done.
+    Observe,
+}
+
+/// What to do with a node that lost its TEE.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TeeMissing {
+    /// Leave it as it is, as a failure.
+    Hold,
+    /// Go by the default, which is then off.
+    Off,
+}
+
 /// Where a pod finds the namespace it is in.
 const NAMESPACE_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
 
@@ -104,6 +145,12 @@ impl Args {
         let evicts = self.evict_operator_components.eq_ignore_ascii_case("true");
         let namespace = || namespace(self.operator_namespace.as_deref(), Path::new(NAMESPACE_FILE));
         evicts.then(|| crate::Pausing { namespace: namespace(), patience: self.pause_timeout })
+    }
+
+    /// The modes that may be asked for.
+    pub(crate) fn allowed(&self) -> anyhow::Result<Vec<Mode>> {
+        let modes = self.allowed_modes.split(',').map(|text| text.trim().parse::<Mode>());
+        modes.collect::<Result<_, _>>().context("--allowed-modes (CCNODE_ALLOWED_MODES) is not a list of modes")
     }
 
     /// How long devices in use are waited for.
@@ -147,6 +194,13 @@ mod tests {
             assert_eq!(args.pausing().is_some(), pauses, "{text:?}");
         }
         assert_eq!(args.busy_wait(), Duration::ZERO);
+        assert_eq!(args.allowed().unwrap(), Mode::ALL);
+        for (text, allowed) in
+            [("on", Some(vec![Mode::On])), ("on, off", Some(vec![Mode::On, Mode::Off])), ("on,", None), ("", None)]
+        {
+            let args = Args::try_parse_from(["cc-manager", &format!("--allowed-modes={text}")]).unwrap();
+            assert_eq!(args.allowed().ok(), allowed, "{text:?}");
+        }
         let args = Args::try_parse_from(["cc-manager", "--on-busy", "wait", "--busy-timeout", "90s"]).unwrap();
         assert_eq!(args.busy_wait(), Duration::from_secs(90));
         assert!(Args::try_parse_from(["cc-manager", "--on-busy", "evict"]).is_err());

@@ -14,8 +14,8 @@ use agent_core::shutdown::Shutdown;
 use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Origin, Transition};
 use agent_core::text::chain;
 use gpu_firmware::Mode;
-use hw_probe::{Inventory, PciFunction, Problem, Tee};
-use node_object::{Change, NodeClient, NodeError, NodeState, NodeView, labels};
+use hw_probe::{Bdf, Inventory, PciFunction, Problem, SysRoot, Tee};
+use node_object::{Change, NodeClient, NodeError, NodeState, NodeView, annotations, labels};
 use tokio::time::Instant;
 
 use crate::executor::{self, DeviceFault, DeviceResult, Firmware};
@@ -23,6 +23,7 @@ use crate::metrics::Counters;
 use crate::operands;
 use crate::plan::{self, Action, Source, Wanted};
 use crate::publish::{Facts, Journal, Publication, Verdict};
+use crate::releases::Releases;
 
 /// What the command line decides.
 #[derive(Clone, Debug)]
@@ -41,6 +42,16 @@ pub struct Settings {
     pub retry_max: Duration,
     /// How long a change may go on after the end was asked for.
     pub grace: Duration,
+    /// The modes that may be asked for.
+    pub allowed: Vec<Mode>,
+    /// Whether a node that was ready for confidential pods and lost its TEE is left as it is, as a failure.
+    pub hold_without_tee: bool,
+    /// Nothing is done and nothing is said that others read.
+    pub only_observe: bool,
+    /// Least time between a change that reset devices and the next one to another mode.
+    pub hold_down: Duration,
+    /// How often to look whether a device that was in use has been let go.
+    pub release_poll: Duration,
     /// How the operator's components are paused during a change; none pauses none.
     pub pausing: Option<Pausing>,
     /// How long to wait for devices in use, with the node withdrawn; zero leaves everything as it is until they are free.
@@ -62,7 +73,7 @@ pub struct Controller<F> {
     settings: Settings,
     node: NodeClient,
     firmware: Arc<F>,
-    scan: Arc<dyn Fn() -> Inventory + Send + Sync>,
+    root: SysRoot,
     counters: Counters,
     node_seen: readiness::Guard,
     first_attempt: readiness::Guard,
@@ -87,6 +98,14 @@ struct Memory {
     next_publish: Option<Instant>,
     retry: Backoff,
     api_retry: Backoff,
+    /// When devices were last reset by us.
+    last_reset: Option<Instant>,
+    /// When each device was seen to be in use.
+    releases: Releases,
+    /// Devices that are in use and in the way of a change.
+    awaited: Vec<Bdf>,
+    /// When to look at the devices' power again.
+    next_poll: Instant,
     /// What was last said of the scan, and what of the plan since the label's last change, so that it is said once.
     problems: Vec<Problem>,
     said: BTreeSet<String>,
@@ -98,6 +117,8 @@ enum Round {
     Rest,
     /// To be tried again after a growing delay.
     Retry,
+    /// To be tried again after this delay: it is too early for it.
+    Later(Duration),
     /// The API server did not take what must be there before hardware is touched.
     ApiFailed(NodeError),
     /// The end was asked for.
@@ -110,7 +131,7 @@ impl<F: Firmware> Controller<F> {
         settings: Settings,
         node: NodeClient,
         firmware: Arc<F>,
-        scan: impl Fn() -> Inventory + Send + Sync + 'static,
+        root: SysRoot,
         readiness: &readiness::Registry,
         metrics: &Metrics,
     ) -> Self {
@@ -124,6 +145,10 @@ impl<F: Firmware> Controller<F> {
             next_publish: None,
             retry: Backoff::new(settings.retry_min, settings.retry_max),
             api_retry: Backoff::new(Duration::from_millis(500).min(settings.retry_min), Duration::from_secs(30)),
+            last_reset: None,
+            releases: Releases::default(),
+            awaited: Vec::new(),
+            next_poll: Instant::now() + settings.release_poll,
             problems: Vec::new(),
             said: BTreeSet::new(),
         };
@@ -134,7 +159,7 @@ impl<F: Firmware> Controller<F> {
             settings,
             node,
             firmware,
-            scan: Arc::new(scan),
+            root,
             memory,
         }
     }
@@ -159,7 +184,9 @@ impl<F: Firmware> Controller<F> {
                 NodeView::Unknown => {}
                 NodeView::Absent => self.node_seen.not_ready(),
             }
+            self.poll_releases();
             let wake = self.memory.next_publish.map_or(self.memory.next_round, |at| at.min(self.memory.next_round));
+            let wake = wake.min(self.memory.next_poll);
             let present = view.borrow().node().is_some();
             tokio::select! {
                 () = shutdown.wait() => return,
@@ -193,6 +220,7 @@ impl<F: Firmware> Controller<F> {
                     tracing::info!(event = "retry", retry_in_ms = millis(delay), "Will try again");
                     delay
                 }
+                Round::Later(delay) => delay,
                 Round::ApiFailed(ref error) => {
                     self.api_delay(error, "Node object cannot be changed, nothing is touched")
                 }
@@ -203,6 +231,50 @@ impl<F: Firmware> Controller<F> {
             }
         }
         self.publish().await;
+    }
+
+    /// Looks, every now and then, whether a device that was in use has been let go. If so it is to be looked at again: its user
+    /// may have changed its knobs. It is not offered until then. A device that was in the way of a change is tried at once.
+    fn poll_releases(&mut self) {
+        let now = Instant::now();
+        if now < self.memory.next_poll {
+            return;
+        }
+        self.memory.next_poll = now + self.settings.release_poll;
+        let Some(known) = self.memory.known.as_ref() else { return };
+        let suspended: BTreeMap<Bdf, bool> = known
+            .devices
+            .iter()
+            .filter_map(|record| {
+                let path = self.root.function(record.bdf).join("power/runtime_status");
+                let status = std::fs::read_to_string(path).ok()?;
+                Some((record.bdf, status.trim_end() == "suspended"))
+            })
+            .collect();
+        let released = self.memory.releases.see(&suspended);
+        let awaited = &self.memory.awaited;
+        if !awaited.is_empty() && awaited.iter().all(|bdf| suspended.get(bdf).copied().unwrap_or(false)) {
+            tracing::info!(event = "released", "Devices that were in the way of a change are free");
+            self.memory.awaited.clear();
+            self.memory.next_round = now;
+        }
+        if released.is_empty() || self.settings.only_observe {
+            return;
+        }
+        for bdf in &released {
+            tracing::info!(event = "released", device = %bdf, "Device was in use and is no longer: to be verified again");
+        }
+        self.counters.released(released.len());
+        if let Some(mut file) = self.memory.known.take() {
+            plan::forget(&mut file.devices, &released);
+            let state = StateDir {
+                path: self.settings.state_dir.clone(),
+                boot_id: file.origin.boot_id.clone(),
+                node_uid: file.origin.node_uid.clone().unwrap_or_default(),
+            };
+            self.store(&state, file.transition, file.devices);
+        }
+        self.memory.next_round = now;
     }
 
     /// Brings the node object to what the last round found; retried by time and by every change of the node.
@@ -271,8 +343,8 @@ impl<F: Firmware> Controller<F> {
 
     /// Observe, plan, act.
     async fn round(&mut self, node: &NodeState, shutdown: &Shutdown) -> Round {
-        let scan = Arc::clone(&self.scan);
-        let inventory = match tokio::task::spawn_blocking(move || scan()).await {
+        let root = self.root.clone();
+        let inventory = match tokio::task::spawn_blocking(move || Inventory::scan(&root)).await {
             Ok(inventory) => inventory,
             Err(error) => {
                 tracing::error!(code = "Interrupted", "Scan of the devices ended without a result: {error}");
@@ -289,14 +361,16 @@ impl<F: Firmware> Controller<F> {
         // The first act in a new boot: whatever the labels say, they say it of another boot.
         let has_gpus = inventory.gpus().next().is_some();
         let ready = node.label(labels::CC_READY_STATE);
-        if known.is_none() && (has_gpus || ready.is_some_and(|ready| !ready.is_empty())) {
+        if known.is_none() && !self.settings.only_observe && (has_gpus || ready.is_some_and(|ready| !ready.is_empty()))
+        {
             match self.withdraw(shutdown).await {
                 Ok(()) => {}
                 Err(round) => return round,
             }
         }
 
-        let wanted = plan::wanted(self.memory.label.as_deref(), &self.settings.default_mode, inventory.host.tee);
+        let (default, allowed) = (&self.settings.default_mode, &self.settings.allowed);
+        let wanted = plan::wanted(self.memory.label.as_deref(), default, inventory.host.tee, allowed);
         let (mode, source) = match wanted {
             Wanted::Mode(mode, source) => (mode, source),
             Wanted::Nothing => {
@@ -307,7 +381,18 @@ impl<F: Firmware> Controller<F> {
                 let error = plan::unknown_mode(&text, source);
                 return self.refuse(&state, &text, &error, plan::records(&inventory, None, known.as_ref(), &[]));
             }
+            Wanted::NotAllowed(mode, source) => {
+                let error = plan::not_allowed(mode, source, allowed);
+                let records = plan::records(&inventory, None, known.as_ref(), &[]);
+                return self.refuse(&state, mode.as_str(), &error, records);
+            }
         };
+        let (mode_state, status) = (node.label(labels::CC_MODE_STATE), node.annotation(annotations::CC_STATUS));
+        let asks_for_off = mode == Mode::Off && source == Source::Label;
+        if self.settings.hold_without_tee && !asks_for_off && plan::tee_lost(inventory.host.tee, mode_state, status) {
+            let records = plan::records(&inventory, None, known.as_ref(), &[]);
+            return self.refuse(&state, mode.as_str(), &plan::tee_lost_error(), records);
+        }
         if source == Source::Label && mode != Mode::Off && inventory.host.tee == Tee::None {
             self.say(
                 tracing::Level::WARN,
@@ -315,18 +400,12 @@ impl<F: Firmware> Controller<F> {
             );
         }
 
-        match plan::plan(&inventory, mode, known.as_ref()) {
-            Action::NoGpus => {
-                self.say(tracing::Level::INFO, "This node has no NVIDIA GPU: nothing to do");
-                if known.is_some_and(|known| !known.devices.is_empty()) {
-                    // They were here in this boot: what the node object says of them is not true any more.
-                    if let Err(round) = self.withdraw(shutdown).await {
-                        return round;
-                    }
-                    self.keep(&state, Vec::new());
-                }
-                Round::Rest
-            }
+        let action = plan::plan(&inventory, mode, known.as_ref());
+        if self.settings.only_observe {
+            return self.observe(mode, &action, &inventory, known.as_ref(), &state);
+        }
+        match action {
+            Action::NoGpus => self.without_gpus(&state, known.as_ref(), shutdown).await,
             Action::Blind(error) => {
                 let devices = known.map_or_else(Vec::new, |known| known.devices);
                 self.refuse(&state, mode.as_str(), &error, plan::withheld(devices));
@@ -349,11 +428,68 @@ impl<F: Firmware> Controller<F> {
                 plan::apply_faults(&mut records, &refused);
                 self.found_right(mode, &refused, &state, records)
             }
+            Action::Change { .. } if self.held_down(&inventory, known.as_ref()).is_some() => {
+                let delay = self.held_down(&inventory, known.as_ref()).unwrap_or_default();
+                let text = format!("Mode {mode} is wanted too soon after another change: it waits for the hold-down");
+                self.say(tracing::Level::WARN, &text);
+                Round::Later(delay)
+            }
             Action::Change { devices, whole, refused } => {
                 let change = Attempt { mode, source, devices, whole, refused };
                 Box::pin(self.change(change, &state, &inventory, known.as_ref(), shutdown)).await
             }
         }
+    }
+
+    /// There is no GPU: nothing to do, and nothing to tell unless there were some.
+    async fn without_gpus(&mut self, state: &StateDir, known: Option<&DevicesFile>, shutdown: &Shutdown) -> Round {
+        self.say(tracing::Level::INFO, "This node has no NVIDIA GPU: nothing to do");
+        if known.is_some_and(|known| !known.devices.is_empty()) {
+            // They were here in this boot: what the node object says of them is not true any more.
+            if let Err(round) = self.withdraw(shutdown).await {
+                return round;
+            }
+            self.keep(state, Vec::new());
+        }
+        Round::Rest
+    }
+
+    /// How much longer a change of a node that is well must wait, so that a label that flips does not reset devices all the
+    /// time.
+    fn held_down(&self, inventory: &Inventory, known: Option<&DevicesFile>) -> Option<Duration> {
+        plan::standing(inventory, known)?;
+        let left = self.settings.hold_down.checked_sub(self.memory.last_reset?.elapsed())?;
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Says what would be done, and does nothing.
+    fn observe(
+        &mut self,
+        mode: Mode,
+        action: &Action,
+        inventory: &Inventory,
+        known: Option<&DevicesFile>,
+        state: &StateDir,
+    ) -> Round {
+        let list = |devices: &[PciFunction]| {
+            devices.iter().map(|device| device.bdf.to_string()).collect::<Vec<_>>().join(", ")
+        };
+        let plan = match action {
+            Action::NoGpus => None,
+            Action::Blind(error) => Some(error.clone()),
+            Action::Impossible(faults) => Some(format!("Mode {mode} is not possible: {}", lines(faults))).map(observed),
+            Action::Settled { .. } => Some(observed(format!("Every device is verified in mode {mode}"))),
+            Action::Change { devices, .. } => Some(observed(format!(
+                "Would be verified, and brought to mode {mode} where they are not: {}",
+                list(devices)
+            ))),
+        };
+        if let Some(plan) = &plan {
+            self.say(tracing::Level::INFO, &plan.message);
+        }
+        let records = plan::withheld(plan::records(inventory, Some(mode), known, &[]));
+        self.conclude(Verdict::Observed, state, mode.as_str(), plan.as_ref(), &records);
+        Round::Rest
     }
 
     /// One attempt to bring devices to a mode.
@@ -377,6 +513,9 @@ impl<F: Firmware> Controller<F> {
         let before = Before::of(inventory, mode, known);
 
         // Before anybody is disturbed: whether it can be done now, and whether it is necessary at all.
+        for device in devices {
+            self.memory.releases.touched(device.bdf);
+        }
         let looked = devices.clone();
         let is_unknown = plan::any_unknown(known, devices);
         let look = move |firmware: &F| {
@@ -389,6 +528,7 @@ impl<F: Firmware> Controller<F> {
                 plan::apply_results(&mut records, &results);
                 return self.found_right(mode, refused, state, records);
             }
+            Some(Ok(results)) if is_unknown && known.is_some() => self.tell_drift(&results),
             Some(Err(faults)) if faults.iter().all(|fault| fault.busy) && self.settings.busy_wait.is_zero() => {
                 return self.hold(mode, &faults, state, before);
             }
@@ -396,7 +536,7 @@ impl<F: Firmware> Controller<F> {
                 let records = plan::records(inventory, Some(mode), known, devices);
                 return self.ended(&attempt, Err(faults), Duration::ZERO, state, records, before);
             }
-            Some(_) | None => {}
+            Some(Ok(_) | Err(_)) | None => {}
         }
         if shutdown.is_requested() {
             return Round::Ended;
@@ -415,7 +555,7 @@ impl<F: Firmware> Controller<F> {
         });
         let mut journal = records.clone();
         if !whole {
-            plan::forget(&mut journal, devices);
+            plan::forget(&mut journal, &devices.iter().map(|device| device.bdf).collect::<Vec<_>>());
         }
         if !self.store(state, transition, journal) {
             let error = state.unwritable("so no device is touched");
@@ -449,6 +589,10 @@ impl<F: Firmware> Controller<F> {
             }
         }
 
+        self.memory.awaited.clear();
+        for device in devices {
+            self.memory.releases.touched(device.bdf);
+        }
         let outcome = tokio::select! {
             outcome = executor::apply(&self.firmware, devices.clone(), mode, shutdown) => outcome,
             never = self.keep_shut() => match never {},
@@ -470,6 +614,7 @@ impl<F: Firmware> Controller<F> {
         let (mode, took_ms) = (*mode, millis(took));
         let (mut verdict, mut error) = match outcome {
             Ok(results) => {
+                self.memory.last_reset = Some(Instant::now());
                 plan::apply_results(&mut records, &results);
                 let failed = results.iter().filter_map(|result| result.result.as_ref().err());
                 if failed.clone().any(|fault| fault.untouched) {
@@ -518,6 +663,17 @@ impl<F: Firmware> Controller<F> {
         round
     }
 
+    /// Tells of devices that are not what they were to be although nobody has asked us for a change.
+    fn tell_drift(&self, results: &[DeviceResult]) {
+        for DeviceResult { bdf, result } in results {
+            if let Err(fault) = result {
+                self.counters.drifted();
+                let code = &fault.error.code;
+                tracing::warn!(event = "drift", device = %bdf, code, "Device is not as it should be: {}", fault.error.message);
+            }
+        }
+    }
+
     /// Every device that can be is verified in the mode.
     fn found_right(
         &mut self,
@@ -563,6 +719,7 @@ impl<F: Firmware> Controller<F> {
         state: &StateDir,
         before: Before,
     ) -> Round {
+        self.memory.awaited = faults.iter().filter(|fault| fault.busy).map(|fault| fault.bdf).collect();
         let Before { standing, mut records } = before;
         plan::note_faults(&mut records, faults);
         self.counters.transition(mode, "busy");
@@ -732,12 +889,16 @@ impl<F: Firmware> Controller<F> {
         error: Option<&ErrorRecord>,
         devices: &[DeviceRecord],
     ) {
+        let verdict = if self.settings.only_observe { Verdict::Observed } else { verdict };
         let facts = Facts { node_uid: &state.node_uid, boot_id: &state.boot_id, wanted, error, devices };
         self.memory.publication = Some(Publication::new(verdict, facts));
     }
 
     /// Sees to it that `devices.json` says this, and that no transition is under way; whether it does.
     fn keep(&mut self, state: &StateDir, devices: Vec<DeviceRecord>) -> bool {
+        if self.settings.only_observe {
+            return true;
+        }
         let known = self.memory.known.as_ref();
         let stands = known.is_some_and(|known| known.transition.is_none() && known.devices == devices);
         (stands && self.memory.on_disk) || self.store(state, None, devices)
@@ -808,6 +969,11 @@ enum InTheWay {
 
 /// How long after a failure the gate is tried to be shut again while devices are being changed.
 const GUARD_RETRY: Duration = Duration::from_secs(1);
+
+/// What is told by somebody who only looks.
+fn observed(message: String) -> ErrorRecord {
+    ErrorRecord { code: "Observed".to_owned(), message }
+}
 
 /// The change that shuts the node's gate.
 fn shut() -> Change {

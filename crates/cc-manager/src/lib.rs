@@ -21,6 +21,7 @@ mod metrics;
 mod operands;
 mod plan;
 mod publish;
+mod releases;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -31,7 +32,7 @@ use agent_core::metrics::Metrics;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
 use anyhow::{Context, bail};
-use hw_probe::{Inventory, SysRoot};
+use hw_probe::SysRoot;
 use node_object::NodeClient;
 
 pub use args::Args;
@@ -51,7 +52,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 async fn serve(args: Args) -> anyhow::Result<()> {
-    let (pausing, busy_wait) = (args.pausing(), args.busy_wait());
+    let (pausing, busy_wait, allowed) = (args.pausing(), args.busy_wait(), args.allowed()?);
     let Args {
         default_cc_mode,
         node_name,
@@ -62,6 +63,11 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         pause_timeout: _,
         on_busy: _,
         busy_timeout: _,
+        allowed_modes: _,
+        mode,
+        tee_missing,
+        hold_down,
+        release_poll,
         state_dir,
         resync,
         retry_min,
@@ -103,11 +109,16 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         retry_min,
         retry_max,
         grace,
+        allowed,
+        hold_without_tee: tee_missing == args::TeeMissing::Hold,
+        only_observe: mode == args::Work::Observe,
+        hold_down,
+        release_poll,
         pausing,
         busy_wait,
     };
-    let scan = || Inventory::scan(&SysRoot::host());
-    let controller = Controller::new(settings, node.clone(), Arc::new(GpuFirmware::host()), scan, &readiness, &metrics);
+    let (firmware, root) = (Arc::new(GpuFirmware::host()), SysRoot::host());
+    let controller = Controller::new(settings, node.clone(), firmware, root, &readiness, &metrics);
 
     // One task drives everything but the firmware, which has threads of its own: nothing can fail unseen.
     let health = async {

@@ -27,6 +27,8 @@ pub(crate) struct Counters {
     transitions: Family<Transition, Counter>,
     verified: Family<Device, Gauge>,
     api_failures: Counter,
+    released: Counter,
+    drifted: Counter,
 }
 
 impl Counters {
@@ -47,7 +49,25 @@ impl Counters {
             "Patches of the node object that failed and were tried again",
             counters.api_failures.clone(),
         );
+        metrics.register(
+            "cc_releases",
+            "Devices that were in use, were let go, and were therefore to be verified again",
+            counters.released.clone(),
+        );
+        metrics.register(
+            "cc_drifts",
+            "Devices that were found in another mode than they were to be in, without a change having been asked for",
+            counters.drifted.clone(),
+        );
         counters
+    }
+
+    pub(crate) fn drifted(&self) {
+        self.drifted.inc();
+    }
+
+    pub(crate) fn released(&self, devices: usize) {
+        self.released.inc_by(u64::try_from(devices).unwrap_or(u64::MAX));
     }
 
     pub(crate) fn transition(&self, target: Mode, result: &'static str) {

@@ -39,10 +39,13 @@ pub(crate) enum Wanted {
     Nothing,
     /// Something that is no mode.
     Unknown(String, Source),
+    /// A mode that this node may not be asked for.
+    NotAllowed(Mode, Source),
 }
 
-/// The label if it is not empty, else the default, which is off without TEE (operator-contract section 5.4).
-pub(crate) fn wanted(label: Option<&str>, default: &str, tee: Tee) -> Wanted {
+/// The label if it is not empty, else the default, which is off without TEE (operator-contract section 5.4); `allowed` are
+/// the modes that may be asked for.
+pub(crate) fn wanted(label: Option<&str>, default: &str, tee: Tee, allowed: &[Mode]) -> Wanted {
     let (text, source) = match label.filter(|text| !text.is_empty()) {
         Some(text) => (text, Source::Label),
         None if default.is_empty() => return Wanted::Nothing,
@@ -50,6 +53,7 @@ pub(crate) fn wanted(label: Option<&str>, default: &str, tee: Tee) -> Wanted {
         None => (default, Source::Default),
     };
     match text.parse() {
+        Ok(mode) if !allowed.contains(&mode) => Wanted::NotAllowed(mode, source),
         Ok(mode) => Wanted::Mode(mode, source),
         Err(_) => Wanted::Unknown(text.to_owned(), source),
     }
@@ -70,6 +74,39 @@ pub(crate) fn unknown_mode(text: &str, source: Source) -> ErrorRecord {
         ),
     };
     ErrorRecord { code: "UnknownMode".to_owned(), message }
+}
+
+/// The error of a mode that this node may not be asked for.
+pub(crate) fn not_allowed(mode: Mode, source: Source, allowed: &[Mode]) -> ErrorRecord {
+    let allowed: Vec<&str> = allowed.iter().map(|mode| mode.as_str()).collect();
+    let message = format!(
+        "Mode {mode} ({source}) is not one of those allowed on this node ({}); nothing is changed; ask for one of them, or \
+         change --allowed-modes (CCNODE_ALLOWED_MODES)",
+        allowed.join(", ")
+    );
+    ErrorRecord { code: "ModeNotAllowed".to_owned(), message }
+}
+
+/// Code of a node that lost its TEE.
+pub(crate) const TEE_LOST: &str = "TEELost";
+
+/// Whether the node was ready for confidential pods before, by what stands on it, and its host has no TEE now. What stands is
+/// the mode's state, or that this was found before.
+pub(crate) fn tee_lost(tee: Tee, mode_state: Option<&str>, status: Option<&str>) -> bool {
+    let was_confidential = [Mode::On, Mode::Ppcie].iter().any(|mode| mode_state == Some(mode.as_str()));
+    let was_found = || status.is_some_and(|status| status.contains(&format!("\"code\":\"{TEE_LOST}\"")));
+    tee == Tee::None && (was_confidential || was_found())
+}
+
+/// The error of that.
+pub(crate) fn tee_lost_error() -> ErrorRecord {
+    ErrorRecord {
+        code: TEE_LOST.to_owned(),
+        message: "This node was verified for confidential pods, and KVM on its host has no TEE (SEV-SNP, TDX) any more; \
+                  nothing is changed; turn it on again in the firmware's setup and the kernel's parameters, or ask for mode \
+                  off by the label nvidia.com/cc.mode"
+            .to_owned(),
+    }
 }
 
 /// What is to be done.
@@ -220,9 +257,9 @@ fn blank(function: &PciFunction, part: &Part) -> DeviceRecord {
 
 /// What the file says while devices are being changed without a node-wide transition: nothing of those devices. Should
 /// we be killed, nobody may take an old record for the truth.
-pub(crate) fn forget(records: &mut [DeviceRecord], changing: &[PciFunction]) {
-    for function in changing {
-        if let Some(record) = find(records, function.bdf) {
+pub(crate) fn forget(records: &mut [DeviceRecord], changing: &[Bdf]) {
+    for bdf in changing {
+        if let Some(record) = find(records, *bdf) {
             record.configured_mode = None;
             record.active_mode = None;
             record.verified_at = None;
@@ -309,7 +346,34 @@ mod tests {
             (None, "maybe", Tdx, unknown("maybe", Default)),
             (None, "maybe", NoTees, Wanted::Mode(Mode::Off, NoTee)),
         ] {
-            assert_eq!(wanted(label, default, tee), result, "{label:?} {default:?} {tee:?}");
+            assert_eq!(wanted(label, default, tee, &Mode::ALL), result, "{label:?} {default:?} {tee:?}");
+        }
+    }
+
+    #[test]
+    fn only_allowed_modes_may_be_asked_for() {
+        let of = |label, default| wanted(label, default, Tee::Tdx, &[Mode::On, Mode::Off]);
+        assert_eq!(of(Some("off"), "on"), Wanted::Mode(Mode::Off, Source::Label));
+        assert_eq!(of(Some("devtools"), "on"), Wanted::NotAllowed(Mode::Devtools, Source::Label));
+        assert_eq!(of(None, "ppcie"), Wanted::NotAllowed(Mode::Ppcie, Source::Default));
+        assert_eq!(of(Some("x"), "on"), Wanted::Unknown("x".to_owned(), Source::Label));
+        let message = not_allowed(Mode::Devtools, Source::Label, &[Mode::On, Mode::Off]).message;
+        assert!(message.contains("devtools (label)") && message.contains("on, off"), "{message}");
+    }
+
+    #[test]
+    fn a_lost_tee_is_known_by_what_the_node_was() {
+        let found = serde_json::to_string(&tee_lost_error()).unwrap();
+        for (tee, state, status, lost) in [
+            (Tee::None, Some("on"), None, true),
+            (Tee::None, Some("ppcie"), None, true),
+            (Tee::None, Some("failed"), Some(found.as_str()), true),
+            (Tee::None, Some("failed"), Some("{}"), false),
+            (Tee::None, Some("off"), None, false),
+            (Tee::None, None, None, false),
+            (Tee::SevSnp, Some("on"), Some(found.as_str()), false),
+        ] {
+            assert_eq!(tee_lost(tee, state, status), lost, "{tee:?} {state:?}");
         }
     }
 

@@ -20,6 +20,8 @@ pub(crate) enum Verdict {
     /// No attempt could begin, because devices are in use or the state file cannot be written: the mode is what it was, and
     /// not known of every device.
     NotBegun,
+    /// Only looked at: nothing that others read is said.
+    Observed,
     /// No attempt could begin, because devices are in use; every device is verified in this other mode, and stays offered.
     Held(Mode),
 }
@@ -30,6 +32,7 @@ impl Verdict {
             Self::Applied(_) => "applied",
             Self::Failed => "failed",
             Self::NotBegun | Self::Held(_) => "not-begun",
+            Self::Observed => "observed",
         }
     }
 
@@ -38,7 +41,7 @@ impl Verdict {
         match self {
             Self::Applied(mode) | Self::Held(mode) => Some(mode.as_str()),
             Self::Failed => Some("failed"),
-            Self::NotBegun => None,
+            Self::NotBegun | Self::Observed => None,
         }
     }
 
@@ -47,7 +50,11 @@ impl Verdict {
         match self {
             Self::Applied(Mode::On | Mode::Ppcie) | Self::Held(Mode::On | Mode::Ppcie) => "true",
             Self::Applied(Mode::Off) | Self::Held(Mode::Off) => "false",
-            Self::Applied(Mode::Devtools) | Self::Held(Mode::Devtools) | Self::Failed | Self::NotBegun => "",
+            Self::Applied(Mode::Devtools)
+            | Self::Held(Mode::Devtools)
+            | Self::Failed
+            | Self::NotBegun
+            | Self::Observed => "",
         }
     }
 }
@@ -123,6 +130,9 @@ impl Publication {
 
     /// The one patch: both labels together, the annotation, the components taken up again, no change under way.
     pub(crate) fn change(&self, node: &NodeState) -> Change {
+        if self.verdict == Verdict::Observed {
+            return Change::new().annotation(annotations::CC_STATUS, &*self.status);
+        }
         let change = operands::take_up(node, Change::new())
             .without_annotation(annotations::TRANSITION)
             .label(labels::CC_READY_STATE, self.verdict.ready_state())
@@ -190,6 +200,7 @@ mod tests {
             (Verdict::Applied(Mode::Devtools), Some("devtools"), ""),
             (Verdict::Failed, Some("failed"), ""),
             (Verdict::NotBegun, None, ""),
+            (Verdict::Observed, None, ""),
             (Verdict::Held(Mode::On), Some("on"), "true"),
             (Verdict::Held(Mode::Off), Some("off"), "false"),
             (Verdict::Held(Mode::Devtools), Some("devtools"), ""),
@@ -210,6 +221,12 @@ mod tests {
         );
         let change = one.change(&NodeState::default());
         assert_eq!(change.labels.len(), 1, "a change that did not begin leaves cc.mode.state alone");
+        let seen = Publication::new(Verdict::Observed, facts).change(&NodeState::default());
+        assert_eq!(
+            (seen.labels.len(), seen.annotations.len()),
+            (0, 1),
+            "whoever only looks says nothing that others read"
+        );
     }
 
     const VFIO: &str = "nvidia.com/gpu.deploy.vfio-manager";

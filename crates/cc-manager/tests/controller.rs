@@ -238,20 +238,19 @@ impl World {
             retry_min: Duration::from_millis(20),
             retry_max: Duration::from_millis(40),
             grace: Duration::from_millis(300),
+            allowed: Mode::ALL.to_vec(),
+            hold_without_tee: false,
+            only_observe: false,
+            hold_down: Duration::ZERO,
+            release_poll: Duration::from_millis(20),
             pausing: Some(Pausing { namespace: "gpu-operator".to_owned(), patience: Duration::from_millis(500) }),
             busy_wait: Duration::ZERO,
         };
         change(&mut settings);
         let root = self.sysfs.root();
         let (readiness, metrics, shutdown) = (Registry::default(), Metrics::new(), Shutdown::manual());
-        let controller = Controller::new(
-            settings,
-            node.clone(),
-            Arc::clone(&self.firmware),
-            move || Inventory::scan(&root),
-            &readiness,
-            &metrics,
-        );
+        let controller =
+            Controller::new(settings, node.clone(), Arc::clone(&self.firmware), root, &readiness, &metrics);
         let token = shutdown.clone();
         let running = tokio::spawn(async move {
             tokio::select! {
@@ -493,6 +492,156 @@ async fn devices_in_use_can_be_waited_for_with_the_node_withdrawn() {
     world.until_state("on", "true").await;
     assert_eq!((world.api.labels()[VFIO].as_str(), world.offered()), ("true", vec![A.to_owned()]));
     assert_eq!(world.firmware.calls().len(), 1);
+    agent.stop().await;
+}
+
+impl World {
+    /// What the kernel says of a device's runtime power.
+    fn power(&self, bdf: &str, status: &str) {
+        let _ = self.sysfs.get(bdf.parse::<Bdf>().unwrap()).power("auto", status, "D0");
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_was_let_go_is_looked_at_again_and_repaired() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    for (round, tampered) in [(1, false), (2, true)] {
+        let (looks, calls, patches) =
+            (world.firmware.looks().len(), world.firmware.calls().len(), world.api.patches().len());
+        for status in ["suspended", "active", "suspended"] {
+            world.power(A, status);
+            settle().await;
+            if status == "active" && tampered {
+                // The guest changes the knobs, and the reset at the end of its life makes them effective.
+                world.firmware.modes.lock().unwrap().insert(A.parse().unwrap(), Mode::Off);
+            }
+        }
+        until("looked at", || world.firmware.looks().len() == looks + 1).await;
+        world.until_state("on", "true").await;
+        until("offered", || world.offered() == [A, B]).await;
+        let begun = world.firmware.calls().split_off(calls);
+        if tampered {
+            assert_eq!((begun.len(), begun[0].devices.clone()), (1, vec![A.to_owned()]), "only that device");
+            assert_eq!(begun[0].ready.as_deref(), Some(""));
+        } else {
+            assert!(begun.is_empty(), "nothing to repair");
+            assert_eq!(world.api.patches().len() - patches, 1, "its time of verification alone");
+        }
+        let metrics = agent.metrics.encode().unwrap();
+        assert!(metrics.contains(&format!("ccnode_cc_releases_total {round}")), "{metrics}");
+        assert!(metrics.contains(&format!("ccnode_cc_drifts_total {}", u32::from(tampered))), "{metrics}");
+    }
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_change_that_waits_for_a_device_begins_when_it_is_let_go() {
+    let world = World::new(&[(A, H100)]);
+    world.power(A, "suspended");
+    let agent = world.start_as(|settings| {
+        settings.retry_min = Duration::from_mins(1);
+        settings.retry_max = Duration::from_mins(1);
+    });
+    world.until_state("on", "true").await;
+    world.power(A, "active");
+    world.firmware.script(Script::Refuse(A, "InUse", true));
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("told", || world.status()["error"]["code"] == "InUse").await;
+    settle().await;
+    assert_eq!(world.firmware.calls().len(), 1);
+    world.power(A, "suspended");
+    world.until_state("off", "false").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_label_that_flips_is_held_down() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start_as(|settings| settings.hold_down = Duration::from_millis(700));
+    world.until_state("on", "true").await;
+    let begun = std::time::Instant::now();
+    for _ in 0..5 {
+        for label in ["off", "on", "devtools"] {
+            world.api.set_label(labels::CC_MODE, Some(label));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    assert_eq!(world.firmware.calls().len(), 1, "no reset yet");
+    assert_eq!(world.offered(), [A], "and nothing is withdrawn meanwhile");
+    world.until_state("devtools", "").await;
+    assert!(begun.elapsed() > Duration::from_millis(400), "{:?}", begun.elapsed());
+    assert_eq!(world.firmware.calls().len(), 2);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn only_modes_that_are_allowed_are_obeyed() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start_as(|settings| settings.allowed = vec![Mode::On, Mode::Off]);
+    world.until_state("on", "true").await;
+    world.api.set_label(labels::CC_MODE, Some("devtools"));
+    world.until_state("failed", "").await;
+    assert_eq!(world.status()["error"]["code"], "ModeNotAllowed");
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    world.until_state("off", "false").await;
+    assert_eq!(world.firmware.calls().len(), 2);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_that_lost_its_tee_is_held_or_follows_the_reference() {
+    for (hold, label, state, ready) in [
+        (true, None, "failed", ""),
+        (true, Some("on"), "failed", ""),
+        (true, Some("off"), "off", "false"),
+        (false, None, "off", "false"),
+    ] {
+        let world = World::new(&[(A, H100)]);
+        let agent = world.start();
+        world.until_state("on", "true").await;
+        agent.stop().await;
+        // A new boot, after somebody has been in the firmware's setup.
+        world.sysfs.tee(Tee::None);
+        world.sysfs.file("proc/sys/kernel/random/boot_id", "99999999-2222-4333-8444-555555555555\n");
+        world.api.set_label(labels::CC_MODE, label);
+        let agent = world.start_as(|settings| settings.hold_without_tee = hold);
+        world.until_state(state, ready).await;
+        settle().await;
+        assert_eq!(world.state(), (Some(state.to_owned()), Some(ready.to_owned())), "{hold} {label:?}");
+        if state == "failed" {
+            assert_eq!(world.status()["error"]["code"], "TEELost");
+            assert_eq!(world.firmware.calls().len(), 1, "nothing was touched");
+            agent.stop().await;
+            let agent = world.start_as(|settings| settings.hold_without_tee = hold);
+            settle().await;
+            assert_eq!(world.status()["error"]["code"], "TEELost", "not even by a restart");
+            assert_eq!(world.firmware.calls().len(), 1);
+            agent.stop().await;
+        } else {
+            agent.stop().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn whoever_only_observes_writes_nothing_that_others_read() {
+    let world = World::new(&[(A, H100)]);
+    world.api.set_label(labels::CC_MODE_STATE, Some("off"));
+    world.api.set_label(labels::CC_READY_STATE, Some("false"));
+    let before = world.api.labels();
+    let agent = world.start_as(|settings| settings.only_observe = true);
+    until("told", || world.status()["result"] == "observed").await;
+    let message = world.status()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(message.contains("brought to mode on") && message.contains(A), "{message}");
+    world.api.set_label(labels::CC_MODE, Some("bananas"));
+    until("told", || world.status()["error"]["code"] == "UnknownMode").await;
+    world.api.set_label(labels::CC_MODE, None);
+    until("told", || world.status()["wanted"] == "on").await;
+    settle().await;
+    assert_eq!((world.api.labels(), world.file()), (before, None));
+    assert!(world.firmware.calls().is_empty() && world.firmware.looks().is_empty());
     agent.stop().await;
 }
 

@@ -122,6 +122,9 @@ impl Node {
         let mut command = Command::new(argv.iter().copied())
             .env("NODE_NAME", NODE)
             .env("LOG_FORMAT", "json")
+            // Scenarios ask for one mode after the other.
+            .env("CCNODE_HOLD_DOWN", "0s")
+            .env("CCNODE_RELEASE_POLL", "1s")
             .env("KUBERNETES_SERVICE_HOST", HOST)
             .env("KUBERNETES_SERVICE_PORT", self.api_port.to_string())
             .on_output(move |chunk| {
