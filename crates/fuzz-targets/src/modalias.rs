@@ -12,14 +12,14 @@ pub fn modalias(data: &[u8]) {
     assert_eq!(aliases.choose(Some(device)), found.unwrap_or(GENERIC));
     assert_eq!(aliases.choose(None), GENERIC);
     let fits = |line: &&str| {
-        let pattern = line.strip_prefix("alias vfio_pci:").and_then(|line| line.split_ascii_whitespace().next());
+        let pattern = line.strip_prefix("alias vfio_pci:").and_then(|line| line.split(' ').next());
         let wanted = device.split_once(':').map(|(_, fields)| fields.trim_end().to_ascii_lowercase());
         pattern.zip(wanted).is_some_and(|(pattern, wanted)| glob(&pattern.to_ascii_lowercase(), &wanted))
     };
     if let Some(module) = found {
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
         assert!(module.starts_with(|c: char| c.is_ascii_alphanumeric()) && module.chars().all(plain), "{module:?}");
-        let says = |line: &&str| line.split_ascii_whitespace().nth(2) == Some(module);
+        let says = |line: &&str| line.split(' ').nth(2) == Some(module);
         assert!(list.lines().any(|line| fits(&line) && says(&line)), "{module} fits no line");
     }
     // A line for every device leaves none without.

@@ -38,9 +38,8 @@ impl VfioAliases {
     /// Parses the text of `modules.alias`; lines that do not parse are skipped.
     pub fn parse(text: &str) -> Self {
         let entry = |line: &str| {
-            let mut words = line.strip_prefix("alias vfio_pci:")?.split_ascii_whitespace();
-            let pattern = fields(words.next()?)?;
-            Some((pattern, words.next().filter(|word| is_module_name(word))?.to_owned()))
+            let (pattern, module) = line.strip_prefix("alias vfio_pci:")?.split_once(' ')?;
+            Some((fields(pattern)?, is_module_name(module).then(|| module.to_owned())?))
         };
         Self { entries: text.lines().filter_map(entry).collect() }
     }
@@ -113,6 +112,7 @@ alias vfio_pci:v00008086d*sv*sd*bc*sc*i* first_of_equals
 alias vfio_pci:v*d00001234sv*sd*bc*sc*i* second_of_equals
 alias vfio_pci:vnonsense broken
 alias vfio_pci:v000010DEd00002331sv*sd*bc*sc*i*\u{b} no_pattern
+alias vfio_pci:\u{c}v000010DEd00002331sv*sd*bc*sc*i* no_pattern
 alias vfio_pci:v000010DEd00002331sv*sd*bc*sc*i* --remove
 alias vfio_pci:v000010DEd00002331sv*sd*bc*sc*i* ../../x
 alias vfio_pci:v000010DEd00002342
