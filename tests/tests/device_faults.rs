@@ -1,11 +1,14 @@
 //! Every fault of the virtual devices, as a process in the guest sees it through the kernel.
 
 use std::collections::BTreeSet;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::{STEP, lab_is_here};
 use lab::Boot;
+use lab::control::Control;
 use lab_devices::Fault;
 use lab_devices::fault::FORMS;
 use lab_vm::{Guest, Topology};
@@ -69,7 +72,7 @@ const EMEM_POINTERS: &str = "reset; w 0x8f2ad0 0x03000800
     w 0x8f2c14 0x808; w 0x8f2c10 0x800; sleep 0.02
     echo $(r 0x8f2c90) $(r 0x8f2c94) $(r 0x8f2c90); w 0x8f2c94 0x800";
 
-const CASES: [Case; 33] = [
+const CASES: [Case; 34] = [
     (HOPPER, "bar-all-ones", "r 0", "0x180000A1", ONES),
     (HOPPER, "config-all-ones", "c 0", "233010de", "ffffffff"),
     (HOPPER, "off-bus:both", "r 0; c 0", "0x180000A1 233010de", "0xFFFFFFFF ffffffff"),
@@ -78,6 +81,13 @@ const CASES: [Case; 33] = [
     (HOPPER, "recovery", "r 0x20120; r 0x200bc", "0x00000000 0x000000FF", "0x40000000 0x00000000"),
     (HOPPER, "recovery:blank", "r 0", "0x180000A1", "0x00000000"),
     (HOPPER, "security-fault:0x40001000", "r 0; c 0x2b4", "0x180000A1 00000000", "0xBADF0200 40001000"),
+    (
+        HOPPER,
+        "lost-in-reset",
+        "printf '\\250' | dd of=$dev/config bs=1 seek=105 conv=notrunc 2>/dev/null; sleep 0.1; c 0; r 0",
+        "233010de 0xFFFFFFFF",
+        "ffffffff 0xFFFFFFFF",
+    ),
     (HOPPER, "no-flr", "c 0x64", "112c8021", "012c8021"),
     (
         HOPPER,
@@ -204,24 +214,81 @@ fn a_device_can_be_taken_out_and_put_back() -> Result<()> {
     }
     let guest = Boot::new("mixed")?.guest()?;
     let bdf = guest.bdf(HOPPER)?;
-    let there = |guest: &Guest| Ok::<_, anyhow::Error>(devices(guest)?.iter().any(|device| device["bdf"] == *bdf));
-    assert!(there(&guest)?);
-    guest.qmp(&json!({ "execute": "device_del", "arguments": { "id": HOPPER } }))?;
-    guest.qmp_event("DEVICE_DELETED", STEP)?;
-    assert!(!there(&guest)?);
-    assert_eq!(devices(&guest)?.len(), 3, "the others are there as before");
-    let socket = guest.fleet().socket(HOPPER)?.to_string_lossy().into_owned();
-    let put_back = json!({
-        "driver": "vfio-user-pci", "id": HOPPER, "bus": format!("rp-{HOPPER}"), "x-msg-timeout": 30000,
-        "socket": { "type": "unix", "path": socket },
-    });
-    guest.qmp(&json!({ "execute": "device_add", "arguments": put_back }))?;
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("control");
+    let control = Control::listen(&socket)?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| control.serve(&guest, &stop));
+        // As a person does it from another terminal.
+        let fault = |words: &[&str]| -> Result<String> {
+            let mut command = Command::new(lab::programs::built()?.join("lab"));
+            let output = command.arg("fault").arg("--control").arg(&socket).arg(HOPPER).args(words).output()?;
+            ensure!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+            Ok(String::from_utf8(output.stdout)?)
+        };
+        let played = play(&guest, &bdf, fault);
+        stop.store(true, Ordering::Relaxed);
+        played
+    })
+}
+
+fn play(guest: &Guest, bdf: &str, fault: impl Fn(&[&str]) -> Result<String>) -> Result<()> {
+    let there = || Ok::<_, anyhow::Error>(devices(guest)?.iter().any(|device| device["bdf"] == *bdf));
+    assert!(there()?);
+    fault(&["unplug"])?;
+    assert!(!there()?);
+    assert_eq!(devices(guest)?.len(), 3, "the others are there as before");
+    ensure!(fault(&["unplug"]).is_err(), "what is out cannot be taken out");
+    fault(&["plug"])?;
+    await_device(guest, HOPPER)?;
+    assert!(there()?);
+    assert_eq!(shell(guest, bdf, "echo 1 > $dev/enable; r 0x0")?, "0x180000A1");
+    // Any other fault goes the same way.
+    fault(&["off-bus", "bar0", "1"])?;
+    assert_eq!(shell(guest, bdf, "r 0x0; r 0x0")?, "0x180000A1 0xFFFFFFFF");
+    ensure!(fault(&["status"])?.contains("off-bus:bar0:1"), "the fault is not told");
+    ensure!(fault(&["off-bus", "moon"]).is_err(), "there is no such fault");
+    fault(&["clear"])?;
+    assert_eq!(shell(guest, bdf, "r 0x0")?, "0x180000A1");
+    Ok(())
+}
+
+/// Waits until the guest's kernel has found a device that was plugged in.
+fn await_device(guest: &Guest, name: &str) -> Result<()> {
     let deadline = Instant::now() + STEP;
-    while !there(&guest)? {
-        ensure!(Instant::now() < deadline, "{HOPPER} has not come back");
+    loop {
+        if let Ok(bdf) = guest.bdf(name)
+            && devices(guest)?.iter().any(|device| device["bdf"] == *bdf)
+        {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{name} has not come");
         std::thread::sleep(Duration::from_millis(100));
     }
-    assert_eq!(shell(&guest, &bdf, "echo 1 > $dev/enable; r 0x0")?, "0x180000A1");
+}
+
+/// The kernel gives a device a minute to come back from a reset.
+#[test]
+fn a_reset_that_a_device_does_not_survive_fails_with_an_error_number() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let guest = Boot::new("h100x2")?.guest()?;
+    let bdf = guest.bdf("gpu0")?;
+    // One way to reset only, so that it does not take another minute.
+    shell(&guest, &bdf, "echo flr > $dev/reset_method; echo on > $dev/power/control; echo 1 > $dev/enable; reset")?;
+    guest.fleet().set_fault("gpu0", Fault::LostInReset)?;
+    let script = format!("echo 1 > /sys/bus/pci/devices/{bdf}/reset");
+    let output = guest.shell(&script, Duration::from_secs(150))?;
+    ensure!(!output.success() && output.error_text().contains("Inappropriate ioctl"), "{}", output.error_text());
+    assert_eq!(shell(&guest, &bdf, "c 0")?, "ffffffff");
+    let seen = devices(&guest)?;
+    let lost = seen.iter().find(|device| device["bdf"] == *bdf).context("gpu0 is not told of")?;
+    assert_eq!(lost["liveness"], "silent");
+    // With power the next reset goes well.
+    guest.fleet().clear_faults("gpu0")?;
+    assert_eq!(shell(&guest, &bdf, "reset; sleep 0.5; r 0x0")?, "0x180000A1");
     Ok(())
 }
 
@@ -237,12 +304,14 @@ fn a_device_can_be_without_a_reset_and_asleep_from_the_start() -> Result<()> {
         "no-reset",
         "[[device]]\nname = 'nic0'\nmodel = 'nic'\n\
          [[device]]\nname = 'gpu0'\nmodel = 'h100'\nfunction_of = 'nic0'\nfaults = ['no-flr']\n\
-         [[device]]\nname = 'gpu1'\nmodel = 'h100'\nfaults = ['d3hot-at-start']\n",
+         [[device]]\nname = 'gpu1'\nmodel = 'h100'\nfaults = ['d3hot-at-start']\n\
+         [[device]]\nname = 'gpu2'\nmodel = 'h100'\nabsent = true\n\
+         [[device]]\nname = 'gpu3'\nmodel = 'h100'\nfaults = ['d3cold']\n",
     )?;
     let guest = boot.guest()?;
     let bdfs = [guest.bdf("gpu0")?, guest.bdf("gpu1")?];
     let seen = devices(&guest)?;
-    assert_eq!(seen.iter().map(|device| device["bdf"].clone()).collect::<Vec<_>>(), bdfs);
+    assert_eq!(seen.iter().map(|device| device["bdf"].clone()).collect::<Vec<_>>(), bdfs, "the others are not there");
     assert_eq!([&seen[0]["reset_methods"], &seen[0]["name"]], [&json!([]), &json!("H100")]);
     assert_eq!(shell(&guest, &bdfs[0], "[ -e $dev/reset ] || echo none")?, "none");
     assert_eq!(seen[1]["reset_methods"], json!(["flr", "bus"]));
@@ -251,5 +320,12 @@ fn a_device_can_be_without_a_reset_and_asleep_from_the_start() -> Result<()> {
     let bind = "echo vfio-pci > $dev/driver_override; echo $1 > /sys/bus/pci/drivers_probe; \
                 echo on > $dev/power/control; memory_on; c 0x44; r 0";
     assert_eq!(shell(&guest, &bdfs[1], bind)?, "00000008 0x180000A1");
+    // An empty slot is filled, and what had no power gets it.
+    guest.fleet().clear_faults("gpu3")?;
+    for name in ["gpu2", "gpu3"] {
+        guest.plug(name)?;
+        await_device(&guest, name)?;
+    }
+    assert_eq!(devices(&guest)?.len(), 4);
     Ok(())
 }

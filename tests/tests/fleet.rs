@@ -32,6 +32,12 @@ fn look_at(boot: Boot) -> Result<Seen> {
     let names = devices.map(|name| Ok((guest.bdf(&name)?, name))).collect::<Result<_>>()?;
     let probe = probe(&guest)?;
     ensure!(probe["problems"] == json!([]), "{topology}: {:#}", probe["problems"]);
+    for device in probe["devices"].as_array().context("probe tells no devices")? {
+        // Of a chip that no table knows that is said; see the mixed node.
+        let is_known = device["kind"] != "gpu" || !device["model"].is_null();
+        ensure!(device["liveness"] == "answers", "{topology}: {device:#}");
+        ensure!(!is_known || device["faults"] == json!([]), "{topology}: {device:#}");
+    }
     Ok(Seen { guest, probe, names })
 }
 
@@ -93,6 +99,39 @@ fn hopper(name: &str) -> [Value; 5] {
 
 fn rtx_pro() -> [Value; 5] {
     [json!("RTX-PRO-6000"), json!("gpu"), json!("gb202"), json!("yes"), json!(false)]
+}
+
+#[test]
+fn two_h100s_are_told_whole() -> Result<()> {
+    let Some(seen) = look("h100x2")? else { return Ok(()) };
+    let host = &seen.probe["host"];
+    let facts = ["iommu", "lockdown", "tee", "dev_iommu", "dev_vfio"].map(|fact| host[fact].clone());
+    assert_eq!(facts, [json!("on"), json!("none"), json!("none"), json!(true), json!(true)]);
+    assert_eq!(seen.table()?, table([("gpu0", hopper("H100")), ("gpu1", hopper("H100"))]));
+    for name in ["gpu0", "gpu1"] {
+        let device = seen.device(name)?;
+        let ids = ["vendor", "device", "class", "revision"].map(|id| device[id].as_u64());
+        assert_eq!(ids, [Some(0x10de), Some(0x2330), Some(0x03_0200), Some(0xa1)]);
+        for (what, is) in [
+            ("driver", Value::Null),
+            ("driver_override", Value::Null),
+            ("vfio_cdev", Value::Null),
+            ("numa_node", Value::Null),
+            ("is_virtual_function", json!(false)),
+            ("reset_methods", json!(["flr", "bus"])),
+            ("group_blockers", json!([])),
+            ("group_strangers", json!([])),
+        ] {
+            assert_eq!(device[what], is, "{name}: {what}");
+        }
+        let bars = device["bars"].as_array().context("no BARs")?;
+        let bars: Vec<_> = bars.iter().map(|bar| [&bar["number"], &bar["size"]].map(Value::as_u64)).collect();
+        assert_eq!(bars, [[Some(0), Some(16 << 20)], [Some(2), Some(64 << 20)], [Some(4), Some(32 << 20)]]);
+        assert_eq!(device["ports"][0]["role"], "root");
+        assert_eq!(seen.group(name)?, [name].into());
+    }
+    assert_eq!(seen.groups()?, 2);
+    Ok(())
 }
 
 #[test]
@@ -160,6 +199,7 @@ fn generations_side_by_side_are_told_apart_and_the_unknown_one_is_told() -> Resu
     let rows = [("gpu0", hopper("H100")), ("gpu1", rtx_pro()), ("gpu2", a100), ("gpu3", unknown)];
     assert_eq!(seen.table()?, table(rows));
     assert_eq!(seen.groups()?, 4);
+    assert_eq!(seen.device("gpu3")?["faults"], json!([{ "fault": "unknown-chip", "device": 0x3f00 }]));
     Ok(())
 }
 

@@ -79,7 +79,7 @@ fn next(descriptor: &AsyncFd<OwnedFd>) -> Next {
     let mut buffer = [0; MAX_EVENT];
     loop {
         match recv(descriptor.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-            Ok(length) if concerns(buffer.get(..length).unwrap_or_default()) => return Next::Ours,
+            Ok(length) if hw_probe::is_device_event(buffer.get(..length).unwrap_or_default()) => return Next::Ours,
             Ok(_) => return Next::Foreign,
             // Events were lost: any of them may have been one of ours.
             Err(Errno::ENOBUFS) => return Next::Ours,
@@ -99,25 +99,9 @@ fn registered(fd: OwnedFd) -> Option<AsyncFd<OwnedFd>> {
     AsyncFd::new(fd).ok()
 }
 
-/// Whether an event is of the PCI bus or of VFIO.
-fn concerns(event: &[u8]) -> bool {
-    event
-        .split(|&byte| byte == 0)
-        .any(|field| matches!(field, b"SUBSYSTEM=pci" | b"SUBSYSTEM=vfio" | b"SUBSYSTEM=vfio-dev"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_events_of_pci_and_vfio_count() {
-        assert!(concerns(b"bind@/devices/pci0000:00/0000:00:01.0\0ACTION=bind\0SUBSYSTEM=pci\0"));
-        assert!(concerns(b"add@/x\0SUBSYSTEM=vfio-dev\0DEVNAME=vfio/devices/vfio0\0"));
-        assert!(!concerns(b"change@/devices/pci0000:00/x\0SUBSYSTEM=block\0"));
-        assert!(!concerns(b"\xff\xfe"));
-        assert!(!concerns(b""));
-    }
 
     #[tokio::test]
     async fn where_there_are_no_events_none_is_waited_for() {

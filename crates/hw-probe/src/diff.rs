@@ -324,11 +324,7 @@ mod tests {
     #[test]
     fn a_device_that_was_put_back_is_another() {
         let put_back = |fake: &FakeSysfs| {
-            // The old folder stays in being under another name, so that its number is not given again.
-            let parked = fake.path().join("parked");
-            let path = std::fs::canonicalize(fake.get(GPU).path()).unwrap();
-            std::fs::rename(&path, &parked).unwrap();
-            fake.remove_file(format!("sys/bus/pci/devices/{GPU}"));
+            fake.remove(GPU);
             _ = fake.gpu(GPU, 0x2330);
         };
         let told = told(|fake| _ = fake.gpu(GPU, 0x2330), put_back);

@@ -48,4 +48,4 @@ pub use host::{HostFacts, IommuState, Lockdown, Tee};
 pub use inventory::{Inventory, Problem};
 pub use names::pci_ids_name;
 pub use root::SysRoot;
-pub use watch::Watch;
+pub use watch::{Watch, is_device_event};

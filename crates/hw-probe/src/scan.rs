@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::function::{Bar, DRIVER_UNREADABLE, DeviceKind, Link, Model, PciFunction, Power, RESET_UNNAMED, VfioCdev};
-use crate::sysfs::{Node, PATIENCE, Unreadable, decimal, excerpt, hex};
+use crate::sysfs::{Node, PATIENCE, Unreadable, before_access, decimal, excerpt, hex};
 use crate::{Bdf, Problem, SysRoot, names, table};
 
 const DEVICES: &str = "sys/bus/pci/devices";
@@ -20,30 +20,53 @@ pub(crate) fn functions(root: &SysRoot, problems: &mut Vec<Problem>) -> Vec<PciF
     }
     for name in bus.entries("") {
         match name.parse::<Bdf>() {
-            Ok(bdf) => bdfs.push(bdf),
+            Ok(bdf) if bdf.to_string() == name => bdfs.push(bdf),
+            // Only the kernel's own way to write the address leads to the folder.
+            Ok(bdf) => bus.note("", format!("{name:?} is not how the kernel writes {bdf}")),
             Err(error) => bus.note("", error.to_string()),
         }
     }
     problems.append(&mut bus.problems);
     bdfs.sort_unstable();
-    bdfs.dedup();
     bdfs.into_iter().filter_map(|bdf| function(root, bdf, problems)).collect()
 }
 
+/// How often a function is read whose place another takes meanwhile.
+const TRIES: usize = 3;
+
 fn function(root: &SysRoot, bdf: Bdf, problems: &mut Vec<Problem>) -> Option<PciFunction> {
-    let mut node = Node::new(root, &format!("{DEVICES}/{bdf}"), Some(bdf));
-    let found = read(root, bdf, &mut node);
-    // Asked last: whatever was missing or refused on the way is no problem of a device that is no more.
-    let gone = fs::metadata(root.function(bdf)).is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
-    if gone {
-        tracing::debug!(%bdf, "PCI function vanished during the scan");
-        return None;
+    let mut before = instance(root, bdf).ok();
+    for _ in 0..TRIES {
+        let mut node = Node::new(root, &format!("{DEVICES}/{bdf}"), Some(bdf));
+        let found = read(root, bdf, before, &mut node);
+        // Asked last: whatever was missing or refused on the way is no problem of a device that is no more.
+        let after = match instance(root, bdf) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                tracing::debug!(%bdf, "PCI function vanished during the scan");
+                return None;
+            }
+            after => after.ok(),
+        };
+        if before == after {
+            problems.append(&mut node.problems);
+            return found;
+        }
+        // Facts of two devices are the facts of none.
+        tracing::debug!(%bdf, "PCI function was replaced during the scan");
+        before = after;
     }
-    problems.append(&mut node.problems);
-    found
+    let message = format!("Was another device each of the {TRIES} times that it was read");
+    problems.push(Problem { bdf: Some(bdf), path: format!("{DEVICES}/{bdf}"), message });
+    None
 }
 
-fn read(root: &SysRoot, bdf: Bdf, node: &mut Node) -> Option<PciFunction> {
+/// Inode of the function's folder.
+fn instance(root: &SysRoot, bdf: Bdf) -> io::Result<u64> {
+    before_access();
+    fs::metadata(root.function(bdf)).map(|folder| folder.ino())
+}
+
+fn read(root: &SysRoot, bdf: Bdf, instance: Option<u64>, node: &mut Node) -> Option<PciFunction> {
     let id = |text: &str| u16::try_from(hex(text)?).ok();
     let code = |text: &str| u32::try_from(hex(text)?).ok().filter(|class| *class < 1 << 24);
     // All three are read before any is judged, so that each has its problem told.
@@ -63,7 +86,7 @@ fn read(root: &SysRoot, bdf: Bdf, node: &mut Node) -> Option<PciFunction> {
     };
     Some(PciFunction {
         bdf,
-        instance: fs::metadata(root.function(bdf)).ok().map(|folder| folder.ino()),
+        instance,
         vendor,
         device,
         subsystem_vendor: node.parsed("subsystem_vendor", "a 16-bit id", id),
@@ -86,7 +109,7 @@ fn read(root: &SysRoot, bdf: Bdf, node: &mut Node) -> Option<PciFunction> {
         link: if power.state.as_deref() == Some("D3cold") { None } else { link(node) },
         power,
         is_virtual_function: node.exists("physfn"),
-        upstream: upstream(&root.function(bdf), node),
+        upstream: upstream(root, bdf, node),
         consumers: consumers(node),
         modalias: node.word("modalias"),
     })
@@ -128,8 +151,12 @@ fn numa_node(node: &mut Node) -> Option<u32> {
 /// The first six lines are the BARs, each by its true number (gpu-cc-protocol section 1.4); after them come the
 /// expansion ROM, the windows of bridges and the BARs of virtual functions.
 fn bars(node: &mut Node) -> Vec<Bar> {
-    let Some(text) = node.text("resource") else { return Vec::new() };
+    let Some(text) = node.required("resource", "text", |text| Some(text.to_owned())) else { return Vec::new() };
     let mut bars = Vec::new();
+    let lines = text.lines().count();
+    if lines < 6 {
+        node.note("resource", format!("Has only {lines} of at least 6 lines"));
+    }
     for (number, line) in (0_u8..6).zip(text.lines()) {
         match bar(number, line) {
             Ok(Some(bar)) => bars.push(bar),
@@ -186,8 +213,9 @@ fn link(node: &mut Node) -> Option<Link> {
 }
 
 /// The path of a function's directory runs through those of the bridges above it.
-fn upstream(path: &Path, node: &mut Node) -> Vec<Bdf> {
-    let real = match fs::canonicalize(path) {
+fn upstream(root: &SysRoot, bdf: Bdf, node: &mut Node) -> Vec<Bdf> {
+    before_access();
+    let real = match fs::canonicalize(root.function(bdf)) {
         Ok(real) => real,
         Err(error) => {
             node.note("", format!("Its place in the device tree cannot be told: {error}"));
@@ -195,6 +223,9 @@ fn upstream(path: &Path, node: &mut Node) -> Vec<Bdf> {
         }
     };
     let name = |path: &Path| path.file_name()?.to_str()?.parse().ok();
+    if name(&real) != Some(bdf) {
+        node.note("", format!("Leads to {}, which is another device's folder", real.display()));
+    }
     real.ancestors().skip(1).map_while(name).collect()
 }
 
@@ -208,14 +239,16 @@ fn consumers(node: &mut Node) -> Vec<Bdf> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::os::unix::fs::symlink;
+    use std::rc::Rc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use proptest::prelude::*;
     use proptest::test_runner::TestRunner;
 
     use super::*;
-    use crate::testing::FakeSysfs;
+    use crate::testing::{FakeSysfs, interrupted};
     use crate::{CcEnable, Inventory, IommuState};
 
     const GPU: &str = "0000:41:00.0";
@@ -360,7 +393,7 @@ mod tests {
     #[test]
     fn broken_files_are_told_and_the_rest_is_kept() {
         let huge = vec![b'x'; 70 * 1024];
-        let cases: [(&str, &[u8], &str); 12] = [
+        let cases: [(&str, &[u8], &str); 14] = [
             ("subsystem_device", b"", "Is not a 16-bit id: \"\""),
             ("subsystem_vendor", b"0x123456\n", "Is not a 16-bit id: \"0x123456\""),
             ("revision", b"a1\n", "Is not an 8-bit number: \"a1\""),
@@ -369,8 +402,18 @@ mod tests {
             ("modalias", b"pci:\xff\n", "Is not text"),
             ("power_state", &huge, "Cannot be read: more than 65536 bytes"),
             ("driver_override", &huge, "Cannot be read: more than 65536 bytes"),
-            ("resource", b"0x1000 0x0fff 0x200\n", "Line 0 is not a resource: \"0x1000 0x0fff 0x200\""),
-            ("resource", b"0x1000 0x1f", "Line 0 is not a resource: \"0x1000 0x1f\""),
+            (
+                "resource",
+                b"0x1000 0x0fff 0x200\n0x0 0x0 0x0\n0x0 0x0 0x0\n0x0 0x0 0x0\n0x0 0x0 0x0\n0x0 0x0 0x0\n",
+                "Line 0 is not a resource: \"0x1000 0x0fff 0x200\"",
+            ),
+            (
+                "resource",
+                b"0x0 0x0 0x0\n0x0 0x0 0x0\n0x0 0x0 0x0\n0x0 0x0 0x0\n0x0 0x0 0x0\n0x1000 0x1f",
+                "Line 5 is not a resource: \"0x1000 0x1f\"",
+            ),
+            ("resource", b"0x1000 0x1fff 0x200\n0x0 0x0 0x0\n", "Has only 2 of at least 6 lines"),
+            ("resource", b"", "Has only 0 of at least 6 lines"),
             ("current_link_width", b"wide\n", "Is not a number of lanes: \"wide\""),
             ("vfio-dev/vfio3/dev", b"511\n", "Is not a device number: \"511\""),
         ];
@@ -412,10 +455,21 @@ mod tests {
         symlink("0000:50:00.0", devices.join("0000:50:00.0")).unwrap();
         symlink("../../../devices/gone", devices.join("0000:51:00.0")).unwrap();
         fs::create_dir(devices.join("rubbish")).unwrap();
-        fake.gpu("0000:60:00.0", 0x2330);
+        symlink("../../../devices/pci0000:60/0000:60:00.0", devices.join("0000:6A:00.0")).unwrap();
+        symlink("../../../devices/pci0000:60/0000:60:00.0", devices.join("0000:61:00.0")).unwrap();
+        let healthy = fake.gpu("0000:60:00.0", 0x2330);
+        let pipe = |name: &str| {
+            gpu.remove_attr(name);
+            nix::unistd::mkfifo(&gpu.path().join(name), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        };
+        pipe("numa_node");
 
         let inventory = scan(&fake);
-        assert_eq!(inventory.functions.iter().map(|function| function.bdf).collect::<Vec<_>>(), [bdf("0000:60:00.0")]);
+        let found: Vec<_> = inventory.functions.iter().map(|function| function.bdf).collect();
+        assert_eq!(found, [healthy.bdf(), bdf("0000:61:00.0")]);
+        let said = |text: &str| inventory.problems.iter().any(|problem| problem.message.contains(text));
+        assert!(said("\"0000:6A:00.0\" is not how the kernel writes 0000:6a:00.0"), "{:?}", inventory.problems);
+        assert!(said("0000:60:00.0, which is another device's folder"), "{:?}", inventory.problems);
         let about = |text: &str| inventory.problems.iter().any(|problem| problem.bdf == Some(bdf(text)));
         assert!(about(GPU) && about("0000:50:00.0") && !about("0000:51:00.0"), "{:?}", inventory.problems);
         assert!(inventory.problems.iter().any(|problem| problem.message.contains("\"rubbish\" is not a PCI address")));
@@ -424,6 +478,7 @@ mod tests {
         let inventory = scan(&fake);
         let gpu = inventory.get(bdf(GPU)).unwrap();
         assert_eq!((gpu.driver.as_deref(), gpu.iommu_group), (Some(DRIVER_UNREADABLE), None));
+        assert!(inventory.problems.iter().any(|problem| problem.message.contains("not a regular file")));
         assert!(!gpu.is_vfio_bound());
     }
 
@@ -451,6 +506,86 @@ mod tests {
         fs::write(dir.path().join(DEVICES), "").unwrap();
         let inventory = Inventory::scan(&SysRoot::at(dir.path()));
         assert!(inventory.problems[0].message.starts_with("Cannot be listed: "), "{:?}", inventory.problems);
+    }
+
+    #[test]
+    fn a_device_may_vanish_or_be_replaced_between_any_two_reads() {
+        // What goes on at one moment of the scan, and whether a device is there afterwards.
+        type Act = fn(&FakeSysfs);
+        let acts: [(&str, Act, Option<u16>); 3] = [
+            ("vanishes", |fake| fake.remove(GPU), None),
+            (
+                "is replaced",
+                |fake| {
+                    fake.remove(GPU);
+                    _ = fake.gpu(GPU, 0x2901).driver("nvidia");
+                },
+                Some(0x2901),
+            ),
+            ("loses its files", |fake| _ = fake.get(GPU).remove_attr("device").remove_attr("class"), Some(0x2330)),
+        ];
+        let fake = Rc::new(FakeSysfs::new());
+        fake.gpu("0000:80:00.0", 0x2330).group(2);
+        for (what, act, after) in acts {
+            for moment in 0_u32.. {
+                fake.gpu(GPU, 0x2330).group(3).driver("vfio-pci");
+                let calm = scan(&fake);
+                let (mut left, inner) = (moment, Rc::clone(&fake));
+                let was_reached = Rc::new(Cell::new(false));
+                let reached = Rc::clone(&was_reached);
+                let interruption = move || {
+                    if left == 0 {
+                        act(&inner);
+                        reached.set(true);
+                    }
+                    left = left.wrapping_sub(1);
+                };
+                let inventory = interrupted(interruption, || {
+                    let inventory = scan(&fake);
+                    for function in &inventory.functions {
+                        let _ = crate::Condition::read(&fake.root(), function);
+                    }
+                    inventory
+                });
+                for healthy in calm.functions.iter().filter(|function| function.bdf != bdf(GPU)) {
+                    assert_eq!(inventory.get(healthy.bdf), Some(healthy), "{what} at {moment}");
+                }
+                let before = calm.get(bdf(GPU)).unwrap();
+                let now = scan(&fake);
+                match inventory.get(bdf(GPU)) {
+                    // Whole as it was or whole as it is, and nothing of both.
+                    Some(seen) if seen.device == 0x2330 => assert_eq!(seen, before, "{what} at {moment}"),
+                    Some(seen) => assert_eq!((Some(seen), Some(seen.device)), (now.get(bdf(GPU)), after)),
+                    None if what == "loses its files" => {
+                        assert!(inventory.problems.iter().any(|problem| problem.bdf == Some(bdf(GPU))), "{moment}");
+                    }
+                    None => assert_eq!((inventory.problems.as_slice(), after), (&[][..], None), "{what} at {moment}"),
+                }
+                if now.get(bdf(GPU)).is_some() || what == "loses its files" {
+                    fake.remove(GPU);
+                }
+                if !was_reached.get() {
+                    assert!(moment > 50, "{what}: the scan made only {moment} accesses");
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_another_at_each_look_is_a_problem() {
+        let fake = Rc::new(FakeSysfs::new());
+        fake.gpu(GPU, 0x2330);
+        fake.gpu("0000:80:00.0", 0x2330);
+        let inner = Rc::clone(&fake);
+        let restless = move || {
+            inner.remove(GPU);
+            inner.gpu(GPU, 0x2330);
+        };
+        let inventory = interrupted(restless, || scan(&fake));
+        assert_eq!(inventory.functions.iter().map(|function| function.bdf).collect::<Vec<_>>(), [bdf("0000:80:00.0")]);
+        let messages: Vec<_> = inventory.problems.iter().map(|problem| problem.message.as_str()).collect();
+        assert_eq!(messages, ["Was another device each of the 3 times that it was read"]);
     }
 
     #[test]

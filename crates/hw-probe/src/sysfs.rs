@@ -56,7 +56,7 @@ impl Node {
         self.note(name, format!("Cannot be read: {error}"));
     }
 
-    /// The file's text without white space at its ends; none when the file is absent.
+    /// The file's text without white space at its end; none when the file is absent.
     pub(crate) fn text(&mut self, name: &str) -> Option<String> {
         let bytes = read(&self.at(name));
         self.judge(name, bytes)
@@ -72,7 +72,8 @@ impl Node {
 
     fn judge(&mut self, name: &str, bytes: io::Result<Vec<u8>>) -> Option<String> {
         match bytes.map(String::from_utf8) {
-            Ok(Ok(text)) => Some(text.trim().to_owned()),
+            // The kernel writes none before it, and the first line of some files is that of the first BAR.
+            Ok(Ok(text)) => Some(text.trim_end().to_owned()),
             Ok(Err(_)) => {
                 self.note(name, "Is not text");
                 None
@@ -113,6 +114,7 @@ impl Node {
     /// The last part of the path that the link `name` points to; none when there is no link. That there is one whose
     /// target cannot be told is noted here.
     pub(crate) fn link(&mut self, name: &str) -> Result<Option<String>, Unreadable> {
+        before_access();
         match fs::read_link(self.at(name)) {
             Ok(target) => {
                 let last = target.file_name().map(|last| last.to_string_lossy().into_owned());
@@ -130,11 +132,13 @@ impl Node {
     }
 
     pub(crate) fn exists(&self, name: &str) -> bool {
+        before_access();
         fs::symlink_metadata(self.at(name)).is_ok()
     }
 
     /// Names in the directory `name` (the node's own when empty), sorted; none of them when it is absent.
     pub(crate) fn entries(&mut self, name: &str) -> Vec<String> {
+        before_access();
         let mut names = Vec::new();
         let listing = match fs::read_dir(self.at(name)) {
             Ok(listing) => listing,
@@ -176,12 +180,18 @@ pub(crate) fn decimal<T: std::str::FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
-/// Opens a regular file, and nothing else: a device node or a pipe that stands in an attribute's place is not touched
-/// further, and does not make us wait.
+/// Called before each access to the tree, so that a test can change it between any two of them.
+pub(crate) fn before_access() {
+    #[cfg(feature = "testing")]
+    crate::testing::interrupt();
+}
+
+/// Opens a regular file, and nothing else: a device node or a pipe that stands in an attribute's place is not opened,
+/// since that alone can reset a device; one that takes the place meanwhile does not make us wait.
 fn open(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
+    before_access();
+    if fs::metadata(path)?.is_file() {
+        OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)
     } else {
         Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
     }
@@ -241,6 +251,7 @@ pub(crate) fn patiently<T: Send + 'static>(
     if stuck().contains(&path) {
         return Err(late());
     }
+    before_access();
     let (sender, receiver) = mpsc::channel();
     let ended = Arc::new(AtomicBool::new(false));
     let (key, done) = (path.clone(), Arc::clone(&ended));

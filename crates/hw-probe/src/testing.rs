@@ -28,12 +28,13 @@
 #![allow(clippy::return_self_not_must_use, reason = "the methods write at once; the returned handle is for chaining")]
 #![allow(clippy::missing_panics_doc, reason = "the module's documentation says it of all of them")]
 
+use std::cell::RefCell;
 use std::fmt::{Debug, Write};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tempfile::TempDir;
 
@@ -47,6 +48,7 @@ pub const VFIO_MAJOR: u32 = 511;
 pub struct FakeSysfs {
     path: PathBuf,
     cdevs: AtomicBool,
+    removed: AtomicUsize,
     _temporary: Option<TempDir>,
 }
 
@@ -62,6 +64,32 @@ pub struct FakeFunction<'a> {
 pub struct Below<'a> {
     tree: &'a FakeSysfs,
     parent: Bdf,
+}
+
+thread_local! {
+    static BETWEEN: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
+}
+
+/// Runs `look`, and before each access that it makes to a tree `act`, which may change the tree: a device goes away between
+/// two reads. An access that `look` makes on another thread, so that it can be given up, counts once, before it begins.
+pub fn interrupted<T>(act: impl FnMut() + 'static, look: impl FnOnce() -> T) -> T {
+    struct End;
+    impl Drop for End {
+        fn drop(&mut self) {
+            BETWEEN.set(None);
+        }
+    }
+    let _end = End;
+    BETWEEN.set(Some(Box::new(act)));
+    look()
+}
+
+pub(crate) fn interrupt() {
+    // Taken out meanwhile: what it does to the tree does not interrupt itself.
+    if let Some(mut act) = BETWEEN.take() {
+        act();
+        BETWEEN.set(Some(act));
+    }
 }
 
 /// A [`Bdf`] or its text.
@@ -126,7 +154,7 @@ impl FakeSysfs {
     }
 
     fn build(path: PathBuf, temporary: Option<TempDir>) -> Self {
-        let fake = Self { path, cdevs: AtomicBool::new(true), _temporary: temporary };
+        let fake = Self { path, cdevs: AtomicBool::new(true), removed: AtomicUsize::new(0), _temporary: temporary };
         for directory in
             ["sys/bus/pci/devices", "sys/bus/pci/drivers", "sys/devices", "sys/kernel/iommu_groups", "dev/vfio"]
         {
@@ -403,7 +431,8 @@ impl FakeSysfs {
 
     // ---- what the kernel does
 
-    /// Takes the function off the bus, as hot-unplug or a write to `remove` does, with all functions below it.
+    /// Takes the function off the bus, as hot-unplug or a write to `remove` does, with all functions below it. The kernel
+    /// gives no folder's inode number twice, so its empty folder is kept out of sight.
     pub fn remove(&self, at: impl AsBdf) {
         let gone = self.get(at).bdf;
         let directory = self.real(gone);
@@ -416,7 +445,15 @@ impl FakeSysfs {
                 self.remove_file(format!("sys/bus/pci/devices/{other}"));
             }
         }
-        fs::remove_dir_all(self.path.join(directory)).expect("A function's directory can be removed");
+        let kept = self.path.join("removed");
+        fs::create_dir_all(&kept).expect("A directory of the fake tree can be made");
+        let kept = kept.join(self.removed.fetch_add(1, Ordering::Relaxed).to_string());
+        fs::rename(self.path.join(directory), &kept).expect("A function's directory can be moved");
+        for entry in fs::read_dir(kept).expect("A directory can be listed").flatten() {
+            let is_directory = entry.file_type().expect("A file has a type").is_dir();
+            let removed = if is_directory { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
+            removed.expect("A file of the fake tree can be removed");
+        }
     }
 
     /// Binds as a write to the driver's `bind` does, with the kernel's refusals: no such driver (`ENOENT`), bound already

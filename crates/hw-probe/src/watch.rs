@@ -123,7 +123,7 @@ fn heard(fd: &OwnedFd, deadline: Instant) -> io::Result<bool> {
     }
     let mut packet = [0; MOST_OF_AN_EVENT];
     match recv(fd.as_raw_fd(), &mut packet, MsgFlags::empty()) {
-        Ok(length) => Ok(concerns_pci(packet.get(..length).unwrap_or_default())),
+        Ok(length) => Ok(is_device_event(packet.get(..length).unwrap_or_default())),
         // The queue overflowed, so something was missed.
         Err(Errno::ENOBUFS) => Ok(true),
         Err(Errno::EAGAIN | Errno::EINTR) => Ok(false),
@@ -131,8 +131,9 @@ fn heard(fd: &OwnedFd, deadline: Instant) -> io::Result<bool> {
     }
 }
 
-/// An event is a path and then `NAME=value` fields, each ended by a zero byte.
-fn concerns_pci(packet: &[u8]) -> bool {
+/// Whether a packet from the kernel's event socket is of PCI, VFIO, the IOMMU or a module. An event is a path and then
+/// `NAME=value` fields, each ended by a zero byte; what is none concerns nobody.
+pub fn is_device_event(packet: &[u8]) -> bool {
     const SUBSYSTEMS: [&[u8]; 5] = [b"pci", b"vfio", b"vfio-dev", b"iommu", b"module"];
     let subsystem = |field: &[u8]| field.strip_prefix(b"SUBSYSTEM=").is_some_and(|name| SUBSYSTEMS.contains(&name));
     packet.split(|&byte| byte == 0).any(subsystem)
@@ -178,9 +179,11 @@ mod tests {
         until_settled(&fd, start + Duration::from_secs(20)).unwrap();
         assert!(start.elapsed() < Duration::from_secs(10));
         assert_eq!(recv(fd.as_raw_fd(), &mut [0; 16], MsgFlags::empty()), Err(Errno::EAGAIN));
-        // What does not concern PCI lets it wait to the end.
+        // What does not concern PCI lets it wait to the end, and neither does what is empty or larger than any event.
         let start = Instant::now();
         send(&kernel, &event("net"));
+        send(&kernel, "");
+        send(&kernel, &"x\0".repeat(MOST_OF_AN_EVENT));
         until_settled(&fd, start + Duration::from_millis(120)).unwrap();
         assert!(start.elapsed() >= Duration::from_millis(120));
     }
@@ -190,10 +193,10 @@ mod tests {
         for packet in
             [&b"\xff\xfe"[..], b"", b"@", b"\0\0\0", b"add@/x\0ACTION=add\0SUBSYSTEM=net\0", b"SUBSYSTEM=pci-x"]
         {
-            assert!(!concerns_pci(packet), "{packet:?}");
+            assert!(!is_device_event(packet), "{packet:?}");
         }
         for packet in [&b"bind@/x\0SUBSYSTEM=pci\0SEQNUM=1\0"[..], b"add@/x\0SUBSYSTEM=vfio-dev"] {
-            assert!(concerns_pci(packet), "{packet:?}");
+            assert!(is_device_event(packet), "{packet:?}");
         }
     }
 }

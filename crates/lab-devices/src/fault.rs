@@ -82,7 +82,7 @@ pub enum Fault {
     /// Power-on and bus resets leave the device in D3hot (`d3hot-at-start`).
     D3hotAtStart,
     /// Power is away: nothing answers and no reset reaches it, until the fault is taken away, which is a power-on
-    /// (`d3cold`). A guest that starts with it does not see the device at all.
+    /// (`d3cold`).
     D3cold,
     /// The device is in recovery (`recovery`): the recovery flag is set, it never boots and FSP takes no request.
     /// `recovery:blank`: a GH100's PMC_BOOT_0 reads 0 as well (gpu-cc-protocol section 1.6).
@@ -116,6 +116,9 @@ pub enum Fault {
     MnocCreditGap(u64),
     /// The device cannot do function-level resets (`no-flr`). A kernel learns that only when it finds the device.
     NoFlr,
+    /// The next function-level reset is the device's last (`lost-in-reset`): nothing answers from then on, so that the
+    /// kernel's reset fails, until the fault is taken away, which is a power-on.
+    LostInReset,
 }
 
 /// A text that is not a fault.
@@ -126,7 +129,7 @@ pub struct FaultError {
 }
 
 /// The text forms of all faults.
-pub const FORMS: [&str; 30] = [
+pub const FORMS: [&str; 31] = [
     "boot-never-completes",
     "boot-slow:MS",
     "bar-all-ones",
@@ -157,6 +160,7 @@ pub const FORMS: [&str; 30] = [
     "mnoc-send-error",
     "mnoc-credit-gap:MS",
     "no-flr",
+    "lost-in-reset",
 ];
 
 impl Fault {
@@ -169,7 +173,8 @@ impl Fault {
             | Fault::OffBus { .. }
             | Fault::D3hotAtStart
             | Fault::D3cold
-            | Fault::NoFlr => true,
+            | Fault::NoFlr
+            | Fault::LostInReset => true,
             Fault::PriErrorAfterReset(_) => chip != Chip::Other,
             Fault::FirewallStuck => chip.has_firewall(),
             Fault::FspSplitPointers => chip.transport() == Some(Transport::Emem),
@@ -180,6 +185,12 @@ impl Fault {
             Fault::Recovery { blank: true } => chip == Chip::Hopper,
             _ => chip.transport().is_some(),
         }
+    }
+
+    /// Whether a device that has the fault from the start is not found by the machine at all.
+    pub fn hides(&self) -> bool {
+        use Part::{Both, Config};
+        matches!(self, Fault::D3cold | Fault::ConfigAllOnes | Fault::OffBus { part: Config | Both, after: 0 })
     }
 
     /// Whether setting `other` replaces this fault: the same kind, and of the same knob.
@@ -234,6 +245,7 @@ impl fmt::Display for Fault {
             Fault::MnocSendError => f.write_str("mnoc-send-error"),
             Fault::MnocCreditGap(ms) => write!(f, "mnoc-credit-gap:{ms}"),
             Fault::NoFlr => f.write_str("no-flr"),
+            Fault::LostInReset => f.write_str("lost-in-reset"),
         }
     }
 }
@@ -294,6 +306,7 @@ impl FromStr for Fault {
             ("mnoc-send-error", []) => Fault::MnocSendError,
             ("mnoc-credit-gap", [ms]) => Fault::MnocCreditGap(ms.parse().map_err(|_| error())?),
             ("no-flr", []) => Fault::NoFlr,
+            ("lost-in-reset", []) => Fault::LostInReset,
             _ => return Err(error()),
         };
         Ok(fault)
@@ -371,6 +384,7 @@ mod tests {
             Fault::MnocSendError,
             Fault::MnocCreditGap(100),
             Fault::NoFlr,
+            Fault::LostInReset,
         ];
         let name = |text: &str| text.split(':').next().unwrap().to_owned();
         let [told, tried]: [BTreeSet<String>; 2] =
@@ -379,6 +393,15 @@ mod tests {
         for fault in all {
             assert_eq!(fault.to_string().parse(), Ok(fault));
             assert_eq!(serde_json::from_str::<Fault>(&serde_json::to_string(&fault).unwrap()).unwrap(), fault);
+        }
+    }
+
+    #[test]
+    fn every_fault_is_in_the_hardware_document() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/hardware.md");
+        let document = std::fs::read_to_string(path).unwrap();
+        for form in FORMS {
+            assert!(document.contains(&format!("`{form}`")), "{form}");
         }
     }
 

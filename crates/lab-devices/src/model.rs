@@ -221,6 +221,8 @@ pub struct Model {
     garbage: u64,
     /// Accesses that were answered since the `off-bus` fault was set.
     answered: u64,
+    /// Whether a reset was its last.
+    lost: bool,
     now: Duration,
     reset_at: Duration,
     /// When BAR0 became reachable after the last reset.
@@ -251,6 +253,7 @@ impl Model {
             // Xorshift needs a state other than 0.
             garbage: config_space::name_hash(&spec.name) | 1,
             answered: 0,
+            lost: false,
             now,
             reset_at: now,
             open_at: None,
@@ -322,6 +325,7 @@ impl Model {
 
     fn function_reset(&mut self) {
         self.flrs += 1;
+        self.lost |= self.has(&Fault::LostInReset);
         self.config.function_reset();
         self.begin_boot(ModelEvent::FunctionReset);
     }
@@ -353,9 +357,10 @@ impl Model {
     /// Makes everything right again.
     pub fn clear_faults(&mut self, now: Duration) {
         self.advance(now);
-        let was_cold = self.has(&Fault::D3cold);
+        let was_off = self.has(&Fault::D3cold) || self.lost;
         self.faults.clear();
-        if was_cold {
+        if was_off {
+            self.lost = false;
             self.power_on(now);
         }
         self.advance(now);
@@ -542,7 +547,7 @@ impl Model {
             }
             self.answered += 1;
         }
-        self.has(&Fault::D3cold)
+        self.has(&Fault::D3cold) || self.lost
     }
 
     fn config_retries(&self) -> bool {

@@ -22,7 +22,7 @@ use crate::artifacts::{Artifacts, Kernel};
 use crate::image::{Add, ImageError, Tree};
 use crate::qemu::{self, Machine, Qmp};
 use crate::strip::stripped;
-use crate::topology::Topology;
+use crate::topology::{Device, Topology};
 use crate::wire;
 
 /// The longest socket path that the kernel takes.
@@ -123,6 +123,9 @@ pub enum GuestError {
     /// No such device on the guest's bus.
     #[error("Virtual device {0} is not on the guest's PCI bus")]
     NoDevice(String),
+    /// The device shares its slot.
+    #[error("Virtual device {0} shares its slot with others, and only a whole slot can be plugged")]
+    SharedSlot(String),
     /// The guest did not power off in time; it was killed.
     #[error("The guest did not power off within {} s, and was killed; its console ends:\n{console}", after.as_secs())]
     PowerOff {
@@ -487,6 +490,44 @@ impl Guest {
     pub fn qmp_event(&self, name: &str, timeout: Duration) -> Result<Value, GuestError> {
         let mut qmp = lock(&self.vm()?.qmp);
         qmp.wait_event(name, timeout).map_err(|source| GuestError::Qmp { what: name.to_owned(), source })
+    }
+
+    /// Takes a device out through its port as if by the button there, and waits until the guest has let go of it. It keeps its
+    /// knobs.
+    ///
+    /// # Errors
+    ///
+    /// [`GuestError::SharedSlot`], [`GuestError::NoDevice`] if it is none of the topology; [`GuestError::Qmp`] if it is not
+    /// plugged in or not let go of in time.
+    pub fn unplug(&self, device: &str, timeout: Duration) -> Result<(), GuestError> {
+        self.whole_slot(device)?;
+        let deadline = Instant::now() + timeout;
+        self.qmp(&json!({ "execute": "device_del", "arguments": { "id": device } }))?;
+        loop {
+            let event = self.qmp_event("DEVICE_DELETED", deadline.saturating_duration_since(Instant::now()))?;
+            if event["data"]["device"] == device {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Plugs a device in that was taken out, or was absent from the start. The guest finds it a little later.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::unplug`]; [`GuestError::Qmp`] if it is plugged in.
+    pub fn plug(&self, device: &str) -> Result<(), GuestError> {
+        let found = self.whole_slot(device)?;
+        let options = qemu::options(self.topology(), found, self.fleet.socket(device)?);
+        self.qmp(&json!({ "execute": "device_add", "arguments": options }))?;
+        Ok(())
+    }
+
+    fn whole_slot(&self, name: &str) -> Result<&Device, GuestError> {
+        let devices = &self.topology().devices;
+        let device = devices.iter().find(|device| device.spec.name == name);
+        let device = device.ok_or_else(|| GuestError::NoDevice(name.to_owned()))?;
+        if self.topology().shares_slot(device) { Err(GuestError::SharedSlot(name.to_owned())) } else { Ok(device) }
     }
 
     /// The last lines of the guest's console.

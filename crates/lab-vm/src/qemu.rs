@@ -78,13 +78,9 @@ pub(crate) fn arguments(machine: &Machine<'_>) -> Vec<OsString> {
         add(&["-device", &format!("x3130-upstream,id=up-{name},bus=rp-{name}")]);
     }
     for (index, (device, socket)) in topology.devices.iter().zip(*devices).enumerate() {
-        let name = &device.spec.name;
-        let bus = match &device.place {
-            Place::RootPort { numa } => {
-                let bus = format!("rp-{name}");
-                add(&["-device", &port("pcie-root-port", &bus, &host_bridge(*numa), "")]);
-                bus
-            }
+        let bus = bus(topology, device);
+        match &device.place {
+            Place::RootPort { numa } => add(&["-device", &port("pcie-root-port", &bus, &host_bridge(*numa), "")]),
             Place::Switch { name: switch } => {
                 let below = |other: &&Device| other.place == device.place;
                 let nth = topology.devices[..index].iter().filter(below).count();
@@ -96,31 +92,13 @@ pub(crate) fn arguments(machine: &Machine<'_>) -> Vec<OsString> {
                     (true, nth) => format!(",addr=0.{nth:x}"),
                     (false, nth) => format!(",addr={nth:x}.0"),
                 };
-                let bus = format!("dp-{name}");
                 add(&["-device", &port("xio3130-downstream", &bus, &format!("up-{switch}"), &address)]);
-                bus
             }
-            Place::Function { of, .. } => match topology.devices.iter().find(|other| other.spec.name == *of) {
-                Some(Device { place: Place::Switch { .. }, .. }) => format!("dp-{of}"),
-                _ => format!("rp-{of}"),
-            },
-        };
-        // A reply later than x-msg-timeout costs the device for good, and the default is 5 s.
-        let mut options = json!({
-            "driver": "vfio-user-pci",
-            "id": name,
-            "bus": bus,
-            "x-msg-timeout": 30000,
-            "socket": { "type": "unix", "path": socket.to_string_lossy() },
-        });
-        if let Place::Function { number, .. } = device.place {
-            options["addr"] = format!("0.{number:x}").into();
-        } else if topology.devices.iter().any(|other| matches!(&other.place, Place::Function { of, .. } if of == name))
-        {
-            options["addr"] = "0.0".into();
-            options["multifunction"] = true.into();
+            Place::Function { .. } => {}
         }
-        add(&["-device", &options.to_string()]);
+        if !device.absent {
+            add(&["-device", &options(topology, device, socket).to_string()]);
+        }
     }
 
     // Where there are several host bridges, QEMU may put a virtio device on one where it cannot be: hence the bus.
@@ -145,6 +123,38 @@ pub(crate) fn arguments(machine: &Machine<'_>) -> Vec<OsString> {
     let line = format!("console=ttyS0 panic=-1 loglevel=4 no_timer_check {iommu}{own} {append}");
     arguments.push(line.trim_end().into());
     arguments
+}
+
+/// The port that a device is plugged into.
+fn bus(topology: &Topology, device: &Device) -> String {
+    let name = &device.spec.name;
+    match &device.place {
+        Place::RootPort { .. } => format!("rp-{name}"),
+        Place::Switch { .. } => format!("dp-{name}"),
+        Place::Function { of, .. } => match topology.devices.iter().find(|other| other.spec.name == *of) {
+            Some(Device { place: Place::Switch { .. }, .. }) => format!("dp-{of}"),
+            _ => format!("rp-{of}"),
+        },
+    }
+}
+
+/// What QEMU is told of a device when it is plugged in.
+pub(crate) fn options(topology: &Topology, device: &Device, socket: &Path) -> Value {
+    // A reply later than x-msg-timeout costs the device for good, and the default is 5 s.
+    let mut options = json!({
+        "driver": "vfio-user-pci",
+        "id": device.spec.name,
+        "bus": bus(topology, device),
+        "x-msg-timeout": 30000,
+        "socket": { "type": "unix", "path": socket.to_string_lossy() },
+    });
+    if let Place::Function { number, .. } = device.place {
+        options["addr"] = format!("0.{number:x}").into();
+    } else if topology.shares_slot(device) {
+        options["addr"] = "0.0".into();
+        options["multifunction"] = true.into();
+    }
+    options
 }
 
 /// `kind,path=…`, with commas doubled as QEMU's option syntax wants it.
@@ -368,6 +378,12 @@ mod tests {
             [&json!("rp-g"), &json!("0.1"), &Value::Null]
         );
         assert_eq!(found.len(), 3);
+    }
+
+    #[test]
+    fn an_absent_device_has_its_port_all_the_same() {
+        let words = line("[[device]]\nname = 'a'\nmodel = 'h100'\nabsent = true\n");
+        assert_eq!(devices(&words), ["pcie-root-port,id=rp-a,bus=pcie.0,chassis=1,slot=1"]);
     }
 
     #[test]

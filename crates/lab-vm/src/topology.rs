@@ -18,6 +18,8 @@
 //! model = "h100"
 //! switch = "plx0"           # optional: below this switch, else on a root port of its own
 //! numa = 0                  # optional, and only without a switch
+//! absent = false            # true: its slot is empty until it is plugged in. So is that of a device which answers
+//!                           # nothing from the start (faults d3cold, config-all-ones, off-bus:config, off-bus:both).
 //!
 //! [[device]]
 //! name = "audio0"
@@ -30,7 +32,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use lab_devices::DeviceSpec;
+use lab_devices::{DeviceSpec, Fault};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -161,6 +163,8 @@ pub struct Device {
     pub spec: DeviceSpec,
     /// Where.
     pub place: Place,
+    /// Whether its slot is empty at the start.
+    pub absent: bool,
 }
 
 /// A checked topology.
@@ -276,6 +280,12 @@ impl Topology {
         self.switches.iter().filter_map(|switch| switch.numa).chain(devices).max().map_or(0, |highest| highest + 1)
     }
 
+    /// Whether the slot of this device has further functions, or is another's.
+    pub fn shares_slot(&self, device: &Device) -> bool {
+        let further = |other: &Device| matches!(&other.place, Place::Function { of, .. } if *of == device.spec.name);
+        matches!(device.place, Place::Function { .. }) || self.devices.iter().any(further)
+    }
+
     fn check_ports(&self) -> Result<(), String> {
         let mut ports: BTreeMap<Option<u32>, usize> = BTreeMap::new();
         for switch in &self.switches {
@@ -302,6 +312,7 @@ fn next_function(placed: &[Device], of: &str) -> Result<u8, String> {
         Some(Device { place: Place::Function { .. }, .. }) => {
             return Err(format!("function_of: {of} is a further function itself"));
         }
+        Some(Device { absent: true, .. }) => return Err(format!("function_of: {of} is absent")),
         Some(_) => {}
     }
     let taken =
@@ -351,6 +362,7 @@ fn read_device(mut table: Table, vm: &Vm) -> Result<Device, String> {
         let numa: Option<u32> = take(table, "numa")?;
         let switch: Option<String> = take(table, "switch")?;
         let function_of: Option<String> = take(table, "function_of")?;
+        let absent: bool = take(table, "absent")?.unwrap_or_default();
         check_numa(numa, vm)?;
         let place = match (switch, numa, function_of) {
             (None, numa, None) => Place::RootPort { numa },
@@ -368,7 +380,11 @@ fn read_device(mut table: Table, vm: &Vm) -> Result<Device, String> {
         let spec: DeviceSpec =
             Value::Table(table).try_into().map_err(|error: toml::de::Error| error.message().to_owned())?;
         spec.validate().map_err(|error| error.to_string())?;
-        Ok(Device { spec, place })
+        let absent = absent || spec.faults.iter().any(Fault::hides);
+        if absent && matches!(place, Place::Function { .. }) {
+            return Err("absent is for whole slots, and function_of shares one".to_owned());
+        }
+        Ok(Device { spec, place, absent })
     };
     read(&mut table).map_err(|message| format!("{label}: {message}"))
 }
@@ -411,6 +427,9 @@ mod tests {
             (device("a", "function_of = 'a'"), "there is no device a before this one"),
             (functions(1) + &device("b", "function_of = 'f1'"), "f1 is a further function itself"),
             (functions(0) + &device("b", "function_of = 'a'\nnuma = 0"), "function_of excludes"),
+            (functions(0) + &device("b", "function_of = 'a'\nabsent = true"), "absent is for whole slots"),
+            (functions(0) + &device("b", "function_of = 'a'\nfaults = ['d3cold']"), "absent is for whole slots"),
+            (device("a", "absent = true") + &device("b", "function_of = 'a'"), "a is absent"),
         ] {
             let error = Topology::parse("t", &text).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");

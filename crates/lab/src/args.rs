@@ -82,8 +82,10 @@ struct FaultArgs {
     control: PathBuf,
     /// The device, by its name in the topology.
     device: String,
-    /// The fault (`boot-never-completes`, `bar-all-ones`, `fsp-late-reply:MS`, ...), or `clear`, or `status`.
+    /// The fault (`boot-never-completes`, `bar-all-ones`, `fsp-late-reply`, ...), or `clear`, `status`, `unplug`, `plug`.
     fault: String,
+    /// The fault's arguments; `fsp-late-reply 500` and `fsp-late-reply:500` are the same.
+    args: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -116,9 +118,10 @@ impl Cli {
                 Artifacts::ensure(&Cache::from_env()?, &Wanted::everything())?;
                 Ok(ExitCode::SUCCESS)
             }
-            Command::Fault(FaultArgs { control, device, fault }) => {
+            Command::Fault(FaultArgs { control, device, fault, args }) => {
+                let fault = [&[fault][..], &args].concat().join(":");
                 let request = match fault.as_str() {
-                    "clear" | "status" => format!("{fault} {device}"),
+                    "clear" | "status" | "unplug" | "plug" => format!("{fault} {device}"),
                     _ => format!("fault {device} {fault}"),
                 };
                 println!("{}", control::ask(&control, &request)?);
@@ -173,7 +176,7 @@ impl Run {
         let stop = AtomicBool::new(false);
         let ended = thread::scope(|scope| {
             if let Some(control) = &control {
-                scope.spawn(|| control.serve(guest.fleet(), &stop));
+                scope.spawn(|| control.serve(&guest, &stop));
             }
             let ended = process.wait(left);
             stop.store(true, Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! A socket over which a running guest's devices are asked and made to fail: `cargo lab fault`.
 //!
-//! One request a connection, one line: `fault DEVICE FAULT`, `clear DEVICE`, `status DEVICE` or `list`. The answer is `ok`
-//! and what was asked for, or `error` and the reason.
+//! One request a connection, one line: `fault DEVICE FAULT`, `clear DEVICE`, `status DEVICE`, `unplug DEVICE`,
+//! `plug DEVICE` or `list`. The answer is `ok` and what was asked for, or `error` and the reason.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -14,12 +14,16 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use lab_devices::{Fault, Fleet};
+use lab_vm::Guest;
 
 /// Longest request: a device's name and a fault.
 const MAX_REQUEST: u64 = 4096;
 
 /// How long one side waits for the other's line.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a guest may take to let go of a device. The kernel alone waits 5 seconds for a second thought.
+const UNPLUG: Duration = Duration::from_secs(30);
 
 /// How often the server looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
@@ -28,6 +32,29 @@ const LOOK: Duration = Duration::from_millis(100);
 pub fn default_path() -> PathBuf {
     let folder = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
     folder.join("ccnode-lab.sock")
+}
+
+/// What can be done with the devices of a run.
+pub trait Devices: Sync {
+    /// The devices themselves.
+    fn fleet(&self) -> &Fleet;
+    /// Takes one out of its slot, or puts it back.
+    fn plug(&self, device: &str, into: bool) -> anyhow::Result<()>;
+}
+
+impl Devices for Guest {
+    fn fleet(&self) -> &Fleet {
+        Self::fleet(self)
+    }
+
+    fn plug(&self, device: &str, into: bool) -> anyhow::Result<()> {
+        if into {
+            Self::plug(self, device)?;
+        } else {
+            self.unplug(device, UNPLUG)?;
+        }
+        Ok(())
+    }
 }
 
 /// A listening socket; the file goes with it.
@@ -52,11 +79,11 @@ impl Control {
     }
 
     /// Answers until `stop`.
-    pub fn serve(&self, fleet: &Fleet, stop: &AtomicBool) {
+    pub fn serve(&self, devices: &impl Devices, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
             match self.listener.accept() {
                 // A client that breaks off harms nobody but itself.
-                Ok((stream, _)) => drop(answer(&stream, fleet)),
+                Ok((stream, _)) => drop(answer(&stream, devices)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(LOOK),
                 Err(error) => {
                     tracing::warn!(%error, "the control socket cannot be listened on");
@@ -74,13 +101,13 @@ impl Drop for Control {
     }
 }
 
-fn answer(stream: &UnixStream, fleet: &Fleet) -> io::Result<()> {
+fn answer(stream: &UnixStream, devices: &impl Devices) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut line = String::new();
     BufReader::new(stream.take(MAX_REQUEST)).read_line(&mut line)?;
-    let mut reply = match perform(line.trim(), fleet) {
+    let mut reply = match perform(line.trim(), devices) {
         Ok(text) => format!("ok {text}"),
         Err(error) => format!("error {error:#}").replace('\n', " "),
     };
@@ -89,7 +116,8 @@ fn answer(stream: &UnixStream, fleet: &Fleet) -> io::Result<()> {
     stream.write_all(reply.as_bytes())
 }
 
-fn perform(request: &str, fleet: &Fleet) -> anyhow::Result<String> {
+fn perform(request: &str, devices: &impl Devices) -> anyhow::Result<String> {
+    let fleet = devices.fleet();
     let words: Vec<&str> = request.split_whitespace().collect();
     match words.as_slice() {
         ["list"] => Ok(fleet.names().join(" ")),
@@ -104,7 +132,17 @@ fn perform(request: &str, fleet: &Fleet) -> anyhow::Result<String> {
             fleet.set_fault(device, fault)?;
             Ok(format!("{device} has the fault {told}"))
         }
-        _ => bail!("{request:?} is no request: fault DEVICE FAULT, clear DEVICE, status DEVICE or list"),
+        ["unplug", device] => {
+            devices.plug(device, false)?;
+            Ok(format!("{device} is out of its slot"))
+        }
+        ["plug", device] => {
+            devices.plug(device, true)?;
+            Ok(format!("{device} is in its slot"))
+        }
+        _ => bail!(
+            "{request:?} is no request: fault DEVICE FAULT, clear DEVICE, status DEVICE, unplug DEVICE, plug DEVICE or list"
+        ),
     }
 }
 
@@ -112,7 +150,7 @@ fn perform(request: &str, fleet: &Fleet) -> anyhow::Result<String> {
 pub fn ask(path: &Path, request: &str) -> anyhow::Result<String> {
     let stream = UnixStream::connect(path)
         .with_context(|| format!("No run listens on {}; start one with cargo lab run", path.display()))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(PATIENCE + UNPLUG))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     (&stream).write_all(format!("{request}\n").as_bytes())?;
     let mut line = String::new();
@@ -126,8 +164,25 @@ pub fn ask(path: &Path, request: &str) -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use lab_devices::{DeviceSpec, FleetConfig, ModelKind};
+
+    /// Devices without a guest, and what was asked of their slots.
+    struct Loose(Fleet, Mutex<Vec<(String, bool)>>);
+
+    impl Devices for Loose {
+        fn fleet(&self) -> &Fleet {
+            &self.0
+        }
+
+        fn plug(&self, device: &str, into: bool) -> anyhow::Result<()> {
+            self.0.status(device)?;
+            self.1.lock().unwrap().push((device.to_owned(), into));
+            Ok(())
+        }
+    }
 
     #[test]
     fn faults_are_set_told_and_cleared_over_the_socket() {
@@ -139,23 +194,27 @@ mod tests {
             trace_file: None,
         })
         .unwrap();
+        let devices = Loose(fleet, Mutex::default());
         let path = folder.path().join("control");
         let control = Control::listen(&path).unwrap();
         assert!(Control::listen(&path).is_err(), "a socket in use is not taken over");
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
-            scope.spawn(|| control.serve(&fleet, &stop));
+            scope.spawn(|| control.serve(&devices, &stop));
             assert_eq!(ask(&path, "list").unwrap(), "gpu0");
             ask(&path, "fault gpu0 boot-never-completes").unwrap();
             assert!(ask(&path, "status gpu0").unwrap().contains("boot-never-completes"));
             ask(&path, "clear gpu0").unwrap();
             assert!(!ask(&path, "status gpu0").unwrap().contains("boot-never-completes"));
-            for nonsense in ["", "fault gpu9 boot-never-completes", "fault gpu0 no-such-fault", "fault gpu0", "\u{7f}"]
-            {
+            ask(&path, "unplug gpu0").unwrap();
+            ask(&path, "plug gpu0").unwrap();
+            let nonsense = ["", "fault gpu9 boot-slow:1", "fault gpu0 no-such-fault", "fault gpu0", "\u{7f}"];
+            for nonsense in nonsense.into_iter().chain(["unplug gpu9", "plug"]) {
                 assert!(ask(&path, nonsense).is_err(), "{nonsense:?}");
             }
             stop.store(true, Ordering::Relaxed);
         });
+        assert_eq!(*devices.1.lock().unwrap(), [("gpu0".to_owned(), false), ("gpu0".to_owned(), true)]);
         drop(control);
         assert!(!path.exists());
         let error = ask(&path, "list").unwrap_err();

@@ -38,9 +38,8 @@ impl VfioAliases {
     /// Parses the text of `modules.alias`; lines that do not parse are skipped.
     pub fn parse(text: &str) -> Self {
         let entry = |line: &str| {
-            let mut words = line.strip_prefix("alias vfio_pci:")?.split_ascii_whitespace();
-            let pattern = fields(words.next()?)?;
-            Some((pattern, words.next()?.to_owned()))
+            let (pattern, module) = line.strip_prefix("alias vfio_pci:")?.split_once(' ')?;
+            Some((fields(pattern)?, is_module_name(module).then(|| module.to_owned())?))
         };
         Self { entries: text.lines().filter_map(entry).collect() }
     }
@@ -48,7 +47,7 @@ impl VfioAliases {
     /// The module for a device with this `modalias`, by its module name (`vfio_pci`, `nvgrace_gpu_vfio_pci`): the
     /// matching line with the fewest wildcards, the first of equals. None where no line matches.
     pub fn module_for(&self, modalias: &str) -> Option<&str> {
-        let device = fields(modalias.split_once(':')?.1)?;
+        let device = fields(modalias.split_once(':')?.1.trim_end())?;
         if device.contains(&None) {
             return None;
         }
@@ -86,7 +85,13 @@ fn fields(text: &str) -> Option<Fields> {
             rest = after;
         }
     }
-    rest.trim_end().is_empty().then_some(fields)
+    rest.is_empty().then_some(fields)
+}
+
+/// Whether this can be a module's name: it becomes an argument of modprobe and a folder's name.
+fn is_module_name(word: &str) -> bool {
+    word.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
 }
 
 fn read_bounded(path: &Path) -> Option<String> {
@@ -106,6 +111,10 @@ alias vfio_pci:v*d*sv*sd*bc*sc*i* vfio_pci
 alias vfio_pci:v00008086d*sv*sd*bc*sc*i* first_of_equals
 alias vfio_pci:v*d00001234sv*sd*bc*sc*i* second_of_equals
 alias vfio_pci:vnonsense broken
+alias vfio_pci:v000010DEd00002331sv*sd*bc*sc*i*\u{b} no_pattern
+alias vfio_pci:\u{c}v000010DEd00002331sv*sd*bc*sc*i* no_pattern
+alias vfio_pci:v000010DEd00002331sv*sd*bc*sc*i* --remove
+alias vfio_pci:v000010DEd00002331sv*sd*bc*sc*i* ../../x
 alias vfio_pci:v000010DEd00002342
 ";
 
@@ -115,6 +124,7 @@ alias vfio_pci:v000010DEd00002342
         for (modalias, module) in [
             ("pci:v000010DEd00002342sv000010DEsd000016EBbc03sc02i00\n", Some("nvgrace_gpu_vfio_pci")),
             ("pci:v000010DEd00002330sv000010DEsd000016C0bc03sc02i00", Some("vfio_pci")),
+            ("pci:v000010DEd00002331sv000010DEsd000016C0bc03sc02i00", Some("vfio_pci")),
             ("pci:v00008086d00001234sv00000000sd00000000bc02sc00i00", Some("first_of_equals")),
             ("pci:v000010DEd0000234", None),
             ("pci:v000010DEd*sv*sd*bc*sc*i*", None),

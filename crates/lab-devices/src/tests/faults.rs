@@ -190,6 +190,22 @@ fn a_device_can_start_asleep_and_lose_its_power() {
 }
 
 #[test]
+fn a_device_may_not_come_back_from_a_reset() {
+    let mut bench = Bench::gpu();
+    bench.fault(Fault::LostInReset);
+    assert_eq!([bench.get(BOOT_0), bench.config(0)], [0x1800_00a1, 0x2330_10de], "not before it");
+    bench.flr();
+    assert_eq!([bench.get(BOOT_0), bench.config(0)], [u32::MAX; 2]);
+    bench.model.bus_reset(bench.now);
+    assert_eq!(bench.config(0), u32::MAX, "no other reset brings it back");
+    bench.model.clear_faults(bench.now);
+    bench.enable_memory();
+    assert!(bench.wait_for_boot(GPU_BOOT));
+    bench.flr();
+    assert_eq!(bench.config(0), 0x2330_10de);
+}
+
+#[test]
 fn recovery_shows_in_its_register_and_nothing_works() {
     for (kind, boot, register, sign) in [
         (ModelKind::H100, GPU_BOOT, 0x2_0120, 1 << 30),
