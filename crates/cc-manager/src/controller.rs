@@ -15,9 +15,10 @@ use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Origin, Transiti
 use agent_core::text::chain;
 use gpu_firmware::Mode;
 use hw_probe::{Bdf, Inventory, PciFunction, Problem, SysRoot, Tee};
-use node_object::{Change, NodeClient, NodeError, NodeState, NodeView, annotations, labels};
+use node_object::{Change, Event, Events, NodeClient, NodeError, NodeState, NodeView, annotations, labels};
 use tokio::time::Instant;
 
+use crate::audit;
 use crate::executor::{self, DeviceFault, DeviceResult, Firmware};
 use crate::metrics::Counters;
 use crate::operands;
@@ -74,6 +75,7 @@ pub struct Controller<F> {
     node: NodeClient,
     firmware: Arc<F>,
     root: SysRoot,
+    events: Events,
     counters: Counters,
     node_seen: readiness::Guard,
     first_attempt: readiness::Guard,
@@ -109,6 +111,8 @@ struct Memory {
     /// What was last said of the scan, and what of the plan since the label's last change, so that it is said once.
     problems: Vec<Problem>,
     said: BTreeSet<String>,
+    /// The error that the last event was about.
+    told: Option<ErrorRecord>,
 }
 
 /// How a round ended.
@@ -132,6 +136,7 @@ impl<F: Firmware> Controller<F> {
         node: NodeClient,
         firmware: Arc<F>,
         root: SysRoot,
+        events: Events,
         readiness: &readiness::Registry,
         metrics: &Metrics,
     ) -> Self {
@@ -151,6 +156,7 @@ impl<F: Firmware> Controller<F> {
             next_poll: Instant::now() + settings.release_poll,
             problems: Vec::new(),
             said: BTreeSet::new(),
+            told: None,
         };
         Self {
             node_seen: readiness.register("node-watch"),
@@ -160,6 +166,7 @@ impl<F: Firmware> Controller<F> {
             node,
             firmware,
             root,
+            events,
             memory,
         }
     }
@@ -612,6 +619,7 @@ impl<F: Firmware> Controller<F> {
     ) -> Round {
         let Attempt { mode, refused, .. } = attempt;
         let (mode, took_ms) = (*mode, millis(took));
+        let results = outcome.as_ref().cloned().unwrap_or_default();
         let (mut verdict, mut error) = match outcome {
             Ok(results) => {
                 self.memory.last_reset = Some(Instant::now());
@@ -658,6 +666,28 @@ impl<F: Firmware> Controller<F> {
         let result = if matches!(verdict, Verdict::Applied(_)) { "applied" } else { "failed" };
         self.counters.transition(mode, result);
         tracing::info!(event = "transition_ended", step = "end", mode = %mode, result, took_ms, "Change of mode has ended");
+        let asked_by = self.node.view().node().and_then(|node| node.mode_set_by.clone());
+        let asked_by = asked_by.as_deref().filter(|_| attempt.source == Source::Label);
+        let change = audit::Change {
+            node: self.node.name(),
+            boot_id: &state.boot_id,
+            asked_by,
+            from: before.standing,
+            to: mode,
+            result,
+            took_ms,
+        };
+        audit::Line::of(change, &results).record(&state.path);
+        if matches!(verdict, Verdict::Applied(_)) {
+            let devices = results.iter().map(|result| result.bdf.to_string()).collect::<Vec<_>>().join(", ");
+            let text = format!("In mode {mode}, verified after {took_ms} ms: {devices}");
+            self.events.tell(Event {
+                is_warning: false,
+                reason: "CCModeChanged".to_owned(),
+                action: "Change",
+                note: text,
+            });
+        }
         let round = if matches!(verdict, Verdict::Applied(_)) { Round::Rest } else { Round::Retry };
         self.conclude(verdict, state, mode.as_str(), error.as_ref(), &records);
         round
@@ -668,6 +698,8 @@ impl<F: Firmware> Controller<F> {
         for DeviceResult { bdf, result } in results {
             if let Err(fault) = result {
                 self.counters.drifted();
+                let note = fault.error.message.clone();
+                self.events.tell(Event { is_warning: true, reason: "Drift".to_owned(), action: "Verify", note });
                 let code = &fault.error.code;
                 tracing::warn!(event = "drift", device = %bdf, code, "Device is not as it should be: {}", fault.error.message);
             }
@@ -743,6 +775,13 @@ impl<F: Firmware> Controller<F> {
         match begun {
             Ok(_) => {
                 self.memory.api_retry.reset();
+                let text = format!("Change to mode {mode} begins; the node is not ready for GPU pods");
+                self.events.tell(Event {
+                    is_warning: false,
+                    reason: "CCModeChanging".to_owned(),
+                    action: "Change",
+                    note: text,
+                });
                 tracing::info!(event = "withdrawn", step = "withdraw", ready = "", "Node is not ready for GPU pods");
                 Ok(())
             }
@@ -890,6 +929,13 @@ impl<F: Firmware> Controller<F> {
         devices: &[DeviceRecord],
     ) {
         let verdict = if self.settings.only_observe { Verdict::Observed } else { verdict };
+        if let Some(error) =
+            error.filter(|error| verdict != Verdict::Observed && self.memory.told.as_ref() != Some(*error))
+        {
+            let (reason, note) = (error.code.clone(), error.message.clone());
+            self.events.tell(Event { is_warning: true, reason, action: "Change", note });
+        }
+        self.memory.told = error.cloned();
         let facts = Facts { node_uid: &state.node_uid, boot_id: &state.boot_id, wanted, error, devices };
         self.memory.publication = Some(Publication::new(verdict, facts));
     }

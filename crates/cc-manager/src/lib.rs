@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod audit;
 mod controller;
 mod executor;
 mod metrics;
@@ -33,7 +34,7 @@ use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
 use anyhow::{Context, bail};
 use hw_probe::SysRoot;
-use node_object::NodeClient;
+use node_object::{Events, NodeClient};
 
 pub use args::Args;
 pub use controller::{Controller, Pausing, Settings};
@@ -118,7 +119,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         busy_wait,
     };
     let (firmware, root) = (Arc::new(GpuFirmware::host()), SysRoot::host());
-    let controller = Controller::new(settings, node.clone(), firmware, root, &readiness, &metrics);
+    let (events, sender) = Events::new(node.clone(), "cc-manager");
+    let controller = Controller::new(settings, node.clone(), firmware, root, events, &readiness, &metrics);
 
     // One task drives everything but the firmware, which has threads of its own: nothing can fail unseen.
     let health = async {
@@ -131,6 +133,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     };
     tokio::select! {
         never = node.watch() => match never {},
+        // Ends with the controller, which tells the events.
+        () = sender.run() => {}
         () = health => {}
         () = controller.run(shutdown.clone()) => {}
     }

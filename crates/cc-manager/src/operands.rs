@@ -98,7 +98,7 @@ mod tests {
 
     fn node(labels: &[(&str, &str)]) -> NodeState {
         let labels = labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        NodeState { uid: "u".to_owned(), resource_version: "1".to_owned(), labels, annotations: BTreeMap::new() }
+        NodeState { uid: "u".to_owned(), resource_version: "1".to_owned(), labels, ..NodeState::default() }
     }
 
     const VFIO: &str = "nvidia.com/gpu.deploy.vfio-manager";

@@ -18,7 +18,7 @@ use http::Method;
 use hw_probe::testing::FakeSysfs;
 use hw_probe::{Bdf, Inventory, PciFunction, Tee};
 use node_object::testing::FakeApi;
-use node_object::{NodeClient, Timing, annotations, labels};
+use node_object::{Events, NodeClient, Timing, annotations, labels};
 use tokio::task::JoinHandle;
 
 const A: &str = "0000:41:00.0";
@@ -249,12 +249,14 @@ impl World {
         change(&mut settings);
         let root = self.sysfs.root();
         let (readiness, metrics, shutdown) = (Registry::default(), Metrics::new(), Shutdown::manual());
-        let controller =
-            Controller::new(settings, node.clone(), Arc::clone(&self.firmware), root, &readiness, &metrics);
+        let (events, sender) = Events::new(node.clone(), "cc-manager");
+        let firmware = Arc::clone(&self.firmware);
+        let controller = Controller::new(settings, node.clone(), firmware, root, events, &readiness, &metrics);
         let token = shutdown.clone();
         let running = tokio::spawn(async move {
             tokio::select! {
                 never = node.watch() => match never {},
+                () = sender.run() => {}
                 () = controller.run(token) => {}
             }
         });
@@ -554,6 +556,34 @@ async fn a_change_that_waits_for_a_device_begins_when_it_is_let_go() {
     world.power(A, "suspended");
     world.until_state("off", "false").await;
     agent.stop().await;
+}
+
+#[tokio::test]
+async fn what_happens_is_an_event_once_and_a_line_for_the_record() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    for _ in 0..4 {
+        world.firmware.script(Script::Fail(B, "BootTimeout"));
+    }
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    world.until_state("failed", "").await;
+    world.until_state("off", "false").await;
+    agent.stop().await;
+    let reasons: Vec<String> = world.api.events().into_iter().map(|(reason, _)| reason).collect();
+    let news = ["CCModeChanging", "CCModeChanged", "CCModeChanging", "BootTimeout"];
+    assert_eq!(reasons[..4], news);
+    assert_eq!(reasons.iter().filter(|reason| *reason == "BootTimeout").count(), 1, "{reasons:?}");
+    assert!(world.api.events()[3].1.contains(B), "{:?}", world.api.events());
+
+    let text = std::fs::read_to_string(world.here.path().join("state/transitions.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let told: Vec<String> =
+        lines.iter().map(|line| format!("{} {} {}", line["from"], line["to"], line["result"])).collect();
+    assert_eq!(told[..2], [r#"null "on" "applied""#, r#""on" "off" "failed""#]);
+    assert_eq!(lines[1]["devices"][1]["error"], "BootTimeout");
+    assert_eq!(lines[1]["devices"][0]["mode"], "off");
+    assert_eq!(told.last().unwrap(), r#"null "off" "applied""#);
 }
 
 #[tokio::test]

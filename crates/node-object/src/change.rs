@@ -141,6 +141,7 @@ mod tests {
             resource_version: "7".to_owned(),
             labels: BTreeMap::from([("a/x".to_owned(), "1".to_owned()), ("b~".to_owned(), "2".to_owned())]),
             annotations: BTreeMap::new(),
+            mode_set_by: None,
         }
     }
 

@@ -9,6 +9,7 @@
 mod change;
 mod client;
 mod error;
+mod events;
 mod state;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -18,6 +19,7 @@ mod watch;
 pub use change::Change;
 pub use client::{NodeClient, Timing, connect};
 pub use error::NodeError;
+pub use events::{Event, Events, Sender as EventSender};
 pub use state::{NodeState, NodeView};
 
 /// Names of labels (operator-contract section 2.1).

@@ -16,6 +16,8 @@ pub struct NodeState {
     pub labels: BTreeMap<String, String>,
     /// Annotations.
     pub annotations: BTreeMap<String, String>,
+    /// Who wrote the label of the wanted mode last (the field manager), where the API server says so.
+    pub mode_set_by: Option<String>,
 }
 
 impl NodeState {
@@ -78,6 +80,37 @@ pub(crate) struct Metadata {
     pub(crate) labels: Option<BTreeMap<String, String>>,
     #[serde(default)]
     pub(crate) annotations: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    pub(crate) managed_fields: Option<Vec<ManagedFields>>,
+}
+
+/// What one writer of the object says it owns.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ManagedFields {
+    #[serde(default)]
+    manager: String,
+    #[serde(default, rename = "fieldsV1")]
+    fields_v1: Fields,
+}
+
+/// Of all fields only the label of the wanted mode is kept.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Fields {
+    #[serde(default, rename = "f:metadata")]
+    metadata: MetadataFields,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct MetadataFields {
+    #[serde(default, rename = "f:labels")]
+    labels: LabelFields,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct LabelFields {
+    #[serde(default, rename = "f:nvidia.com/cc.mode")]
+    mode: Option<serde::de::IgnoredAny>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -97,11 +130,38 @@ pub(crate) struct ListMetadata {
 
 impl From<Object> for NodeState {
     fn from(Object { metadata }: Object) -> Self {
+        let mut owners = metadata.managed_fields.into_iter().flatten();
+        let owner = owners.rfind(|fields| fields.fields_v1.metadata.labels.mode.is_some());
         Self {
+            mode_set_by: owner.map(|fields| fields.manager),
             uid: metadata.uid.unwrap_or_default(),
             resource_version: metadata.resource_version.unwrap_or_default(),
             labels: metadata.labels.unwrap_or_default(),
             annotations: metadata.annotations.unwrap_or_default(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_asked_for_the_mode_is_told_by_the_managed_fields() {
+        let object = |fields: serde_json::Value| -> NodeState {
+            let object = serde_json::json!({"metadata": {"name": "n", "managedFields": fields}});
+            serde_json::from_value::<Object>(object).unwrap().into()
+        };
+        let mode = serde_json::json!({"f:metadata": {"f:labels": {".": {}, "f:nvidia.com/cc.mode": {}}}});
+        let other =
+            serde_json::json!({"f:metadata": {"f:labels": {"f:nvidia.com/cc.mode.state": {}}}, "f:status": {"f:x": 1}});
+        let fields = serde_json::json!([
+            {"manager": "kubelet", "operation": "Update", "fieldsV1": other},
+            {"manager": "kubectl-label", "operation": "Update", "time": "2026-01-01T00:00:00Z", "fieldsV1": mode},
+            {"manager": "odd"},
+        ]);
+        assert_eq!(object(fields).mode_set_by.as_deref(), Some("kubectl-label"));
+        assert_eq!(object(serde_json::json!([{"manager": "kubelet", "fieldsV1": other}])).mode_set_by, None);
+        assert_eq!(object(serde_json::Value::Null).mode_set_by, None);
     }
 }

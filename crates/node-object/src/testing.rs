@@ -145,6 +145,14 @@ impl FakeApi {
         self.lock().requests.clone()
     }
 
+    /// The events among [`FakeApi::requests`] that were taken: reason and note.
+    pub fn events(&self) -> Vec<(String, String)> {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let inner = self.lock();
+        let posted = inner.requests.iter().filter(|request| request.method == "POST");
+        posted.map(|request| (text(&request.body["reason"]), text(&request.body["note"]))).collect()
+    }
+
     /// The patches among [`FakeApi::requests`].
     pub fn patches(&self) -> Vec<Recorded> {
         self.lock().requests.iter().filter(|request| request.method == "PATCH").cloned().collect()
@@ -234,6 +242,7 @@ impl FakeApi {
                     inner.pods.iter().filter(|((of, _), _)| of == namespace).map(|(_, pod)| pod).collect();
                 respond(200, &json!({"metadata": {"resourceVersion": inner.version.to_string()}, "items": items}))
             }
+            (&Method::POST, "/apis/events.k8s.io/v1/namespaces/default/events") => respond(201, &body),
             (&Method::PATCH, path) if path == format!("/api/v1/nodes/{}", inner.name) => {
                 inner.patch(&content_type, &body)
             }

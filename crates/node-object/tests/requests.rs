@@ -274,3 +274,30 @@ async fn resources_are_waited_for_until_none_is_allocatable() {
     waiting.await.unwrap().unwrap();
     assert!(api.requests().iter().all(|request| !request.accept.contains("PartialObjectMetadata")));
 }
+
+#[tokio::test]
+async fn events_are_sent_and_refused_ones_forgotten() {
+    let api = FakeApi::new("n1");
+    let node = node(&api);
+    node.get().await.unwrap();
+    let (events, sender) = node_object::Events::new(node, "cc-manager");
+    let event = |reason: &str, note: String| node_object::Event {
+        is_warning: true,
+        reason: reason.to_owned(),
+        action: "Change",
+        note,
+    };
+    api.fail_next(Method::POST, 403);
+    api.fail_next(Method::POST, 500);
+    for reason in ["Refused", "Failed", "InUse"] {
+        events.tell(event(reason, "\u{e9}".repeat(1000)));
+    }
+    drop(events);
+    sender.run().await;
+    let sent = api.requests().into_iter().rfind(|request| request.method == "POST").unwrap().body;
+    assert_eq!((&sent["type"], &sent["reason"]), (&json!("Warning"), &json!("InUse")));
+    assert_eq!(sent["regarding"], json!({"apiVersion": "v1", "kind": "Node", "name": "n1", "uid": "uid-1"}));
+    assert_eq!(sent["note"].as_str().unwrap().len(), 1024, "the API server takes no more");
+    let time = sent["eventTime"].as_str().unwrap();
+    assert!(time.ends_with('Z') && time.split('.').nth(1).is_some_and(|rest| rest.len() == 7), "{time}");
+}
