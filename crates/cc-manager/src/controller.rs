@@ -520,15 +520,18 @@ impl<F: Firmware> Controller<F> {
         let before = Before::of(inventory, mode, known);
 
         // Before anybody is disturbed: whether it can be done now, and whether it is necessary at all.
-        for device in devices {
-            self.memory.releases.touched(device.bdf);
-        }
         let looked = devices.clone();
         let is_unknown = plan::any_unknown(known, devices);
         let look = move |firmware: &F| {
             if is_unknown { firmware.verify(&looked, mode) } else { firmware.is_free(&looked).map(|()| Vec::new()) }
         };
-        match executor::look(&self.firmware, look).await {
+        let found = executor::look(&self.firmware, look).await;
+        if is_unknown && matches!(found, Some(Ok(_))) {
+            for device in devices {
+                self.memory.releases.touched(device.bdf);
+            }
+        }
+        match found {
             Some(Ok(results)) if is_unknown && results.iter().all(|result| result.result.is_ok()) => {
                 let mut records = plan::records(inventory, Some(mode), known, devices);
                 plan::apply_faults(&mut records, refused);
@@ -752,6 +755,7 @@ impl<F: Firmware> Controller<F> {
         before: Before,
     ) -> Round {
         self.memory.awaited = faults.iter().filter(|fault| fault.busy).map(|fault| fault.bdf).collect();
+        self.memory.awaited.iter().for_each(|bdf| self.memory.releases.in_use(*bdf));
         let Before { standing, mut records } = before;
         plan::note_faults(&mut records, faults);
         self.counters.transition(mode, "busy");

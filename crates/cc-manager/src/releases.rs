@@ -29,7 +29,8 @@ impl Releases {
         self.0.retain(|bdf, _| suspended.contains_key(bdf));
         let mut released = Vec::new();
         for (bdf, suspended) in suspended {
-            let state = self.0.entry(*bdf).or_insert(State::Unclear);
+            // Awake when we see it for the first time: somebody may have had it before we started.
+            let state = self.0.entry(*bdf).or_insert(State::Idle);
             *state = match (*state, suspended) {
                 (State::InUse, true) => {
                     released.push(*bdf);
@@ -41,6 +42,11 @@ impl Releases {
             };
         }
         released
+    }
+
+    /// The device was found in use.
+    pub(crate) fn in_use(&mut self, bdf: Bdf) {
+        self.0.insert(bdf, State::InUse);
     }
 
     /// We have woken the device ourselves.
@@ -62,10 +68,11 @@ mod tests {
             text.chars().map(|state| state == 's').map(&mut see).map(|told| if told { '!' } else { '.' }).collect()
         };
         // s: suspended, a: awake. Awake from the start may be anybody.
-        assert_eq!(see(&mut releases, "aassaaassas"), ".......!..!");
+        assert_eq!(see(&mut releases, "aassaaassas"), "..!....!..!");
         releases.touched(bdf);
         assert_eq!(see(&mut releases, "aaassas"), "......!");
-        releases.see(&BTreeMap::new());
-        assert_eq!(see(&mut releases, "as"), "..", "another device at the same address");
+        releases.touched(bdf);
+        releases.in_use(bdf);
+        assert_eq!(see(&mut releases, "as"), ".!", "found in use after all");
     }
 }

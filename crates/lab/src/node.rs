@@ -25,8 +25,8 @@ pub const CC_MODE_STATE: &str = "nvidia.com/cc.mode.state";
 /// Label that opens and closes the node for GPU pods.
 pub const CC_READY_STATE: &str = "nvidia.com/cc.ready.state";
 
-/// Namespace of the agents.
-const NAMESPACE: &str = "ccnode-system";
+/// Namespace of the agents, and of the components that they pause.
+pub const NAMESPACE: &str = "ccnode-system";
 
 /// The host as the guest reaches it through QEMU's user network.
 const HOST: &str = "10.0.2.2";
@@ -123,7 +123,7 @@ impl Node {
             .env("NODE_NAME", NODE)
             .env("LOG_FORMAT", "json")
             // Scenarios ask for one mode after the other.
-            .env("CCNODE_HOLD_DOWN", "0s")
+            .env("CCNODE_HOLD_DOWN", "1ms")
             .env("CCNODE_RELEASE_POLL", "1s")
             .env("KUBERNETES_SERVICE_HOST", HOST)
             .env("KUBERNETES_SERVICE_PORT", self.api_port.to_string())
