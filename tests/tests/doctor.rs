@@ -8,6 +8,7 @@ use e2e::{CHANGE, PGPU, STEP, node};
 use lab::Node;
 use lab::node::CC_MODE;
 use lab_devices::{Fault, Kind, Space};
+use lab_vm::Command;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -103,6 +104,46 @@ fn a_bare_node_is_told_what_it_lacks_and_nothing_is_touched() -> Result<()> {
     let words = evidence(&answer, "gpu-security-fault");
     assert!(words.starts_with(&bdf) && words.contains("0x40000000"), "{words}");
     nothing_was_touched(&node)
+}
+
+#[test]
+fn devices_that_sleep_on_vfio_are_looked_at_without_being_woken() -> Result<()> {
+    let Some(node) = node("h100x2", &[])? else { return Ok(()) };
+    node.look(&["vfio-manage", "bind", "--all"])?;
+    let devices = || -> Result<Vec<Value>> {
+        let probe = node.look_json(&["ccnode", "probe", "--json"])?;
+        Ok(probe["devices"].as_array().context("probe tells no devices")?.clone())
+    };
+    let asleep = |device: &Value| device["power"]["runtime_status"] == "suspended" && device["power"]["state"] == "D3hot";
+    let deadline = Instant::now() + STEP;
+    while !devices()?.iter().all(asleep) {
+        ensure!(Instant::now() < deadline, "{:#?}", devices()?);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // A virtual machine begins by holding the group.
+    let group = devices()?[0]["iommu_group"].as_u64().context("no group")?;
+    let script = format!("exec 3<>/dev/vfio/{group}; while :; do sleep 1 3>&-; done");
+    let holder = node.guest.spawn(Command::new(["sh", "-c", &script]))?;
+    let pid = holder.pid();
+    let line = format!("/dev/vfio/{group} is held by sh (pid {pid})");
+    let deadline = Instant::now() + STEP;
+    while evidence(&doctor(&node)?.1, "holders") != line {
+        ensure!(Instant::now() < deadline, "{}", evidence(&doctor(&node)?.1, "holders"));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+
+    node.guest.fleet().clear_trace();
+    let (told, answer) = doctor(&node)?;
+    let expected: Vec<&str> = BARE.into_iter().filter(|line| *line != "gpu-driver: warning").collect();
+    assert_eq!(told, set(&expected), "{answer:#}");
+    for more in ["--json", "--yaml", "--nfd"] {
+        node.look(&["ccnode", "probe", more])?;
+    }
+    ensure!(node.trace().iter().any(|event| event.space == Space::Config), "the trace saw nothing at all");
+    nothing_was_touched(&node)?;
+    ensure!(devices()?.iter().all(asleep), "{:#?}", devices()?);
+    holder.signal(Signal::SIGKILL)?;
+    Ok(())
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use hw_probe::acs::Acs;
-use hw_probe::{Architecture, CcEnable, Fault, Holder, IommuState, Lockdown, ModuleState, PciFunction, SysRoot, Tee};
+use hw_probe::{
+    Architecture, CcEnable, Fault, Holder, IommuState, Lockdown, ModuleState, PciFunction, Problem, SysRoot, Tee,
+};
 use serde::Serialize;
 
 use crate::node::Socket;
@@ -269,7 +271,8 @@ pub const CHECKS: [Check; 27] = [
     Check {
         id: "unreadable",
         title: "All could be read",
-        explanation: "Files of sysfs about NVIDIA devices that could not be read or understood.",
+        explanation: "Files of sysfs about NVIDIA devices that could not be read or understood. Where it cannot even be told what a function is, it may be a \
+            GPU that no other check and no agent sees; cc-manager changes no mode on such a node.",
         judge: unreadable,
     },
     Check {
@@ -701,12 +704,13 @@ fn holders(facts: &Facts) -> Verdict {
 }
 
 fn unreadable(facts: &Facts) -> Verdict {
-    let ours: BTreeSet<_> = facts.report.devices.iter().map(|device| device.function.bdf).collect();
+    let Report { devices, problems, doubts, .. } = &facts.report;
+    let ours: BTreeSet<_> = devices.iter().map(|device| device.function.bdf).collect();
     let concerns = |bdf: &Option<hw_probe::Bdf>| bdf.is_none_or(|bdf| ours.contains(&bdf));
-    let problems = facts.report.problems.iter().filter(|problem| concerns(&problem.bdf));
-    let lines = problems.map(|problem| (Outcome::Warning, format!("{}: {}", problem.path, problem.message)));
+    let lesser = problems.iter().filter(|problem| concerns(&problem.bdf) && !doubts.contains(problem));
+    let line = |result| move |problem: &Problem| (result, format!("{}: {}", problem.path, problem.message));
     each(
-        lines,
+        doubts.iter().map(line(Outcome::Failed)).chain(lesser.map(line(Outcome::Warning))),
         "Nothing was in the way",
         "run as root on the host itself; a file that stays unreadable tells of a sick device or kernel",
     )

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::Write;
 
 use anyhow::{Context as _, bail};
+use hw_probe::Problem;
 use serde::Serialize;
 
 use crate::args::DoctorArgs;
@@ -69,6 +70,14 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write, colour: bool) -> anyhow::Res
         return Ok(SUCCESS);
     }
     let facts = Facts::read(&probe::tree(root)?);
+    if facts.report.parts().next().is_none()
+        && let Some(Problem { path, message, .. }) = facts.report.doubts.first()
+    {
+        bail!(
+            "Cannot tell which GPUs this node has: {}; check that /sys is mounted and readable, and the kernel's log",
+            printable(&format!("{path}: {message}"))
+        );
+    }
     let answer = Answer::of(&facts);
     if *json {
         let text = serde_json::to_string_pretty(&answer).context("The answer cannot be put into JSON")?;

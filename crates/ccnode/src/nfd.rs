@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use agent_core::hostfile::HostDir;
-use anyhow::Context as _;
-use hw_probe::{CcEnable, Tee};
+use anyhow::{Context as _, bail};
+use hw_probe::{CcEnable, Problem, Tee};
 
 use crate::report::{Device, Report};
 
@@ -22,8 +22,14 @@ pub const FILE: &str = "ccnode";
 /// Longest value of a label.
 const LONGEST: usize = 63;
 
-/// Writes the file, whole or not at all; says where.
+/// Writes the file, whole or not at all; says where. Where it is not known which GPUs the node has, what was said of it before stays.
 pub fn write(report: &Report, folder: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(Problem { path, message, .. }) = report.doubts.first() {
+        bail!(
+            "Cannot tell which GPUs this node has: {path}: {message}; the feature file is left as it is; check that /sys is \
+             mounted and readable, and the kernel's log"
+        );
+    }
     let folder = HostDir::open(folder).context("The folder of feature files cannot be used")?;
     folder.write_atomic(FILE, render(report).as_bytes(), 0o644).context("The feature file cannot be written")?;
     Ok(folder.path().join(FILE))
@@ -123,6 +129,19 @@ mod tests {
         for line in ["gpu.product=mixed", "gpu.family=mixed", "gpu.cc.capable=false", "gpu.ppcie.capable=false"] {
             assert!(found.contains(&line.to_owned()), "{found:?}");
         }
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_written() {
+        let fake = FakeSysfs::new();
+        fake.gpu("0000:01:00.0", 0x2330);
+        let folder = tempfile::tempdir().unwrap();
+        let written = |fake: &FakeSysfs| write(&Report::read(&fake.root()), folder.path());
+        let path = written(&fake).unwrap();
+        fake.gpu("0000:02:00.0", 0x2330).attr("class", "?");
+        let error = written(&fake).unwrap_err().to_string();
+        assert!(error.contains("0000:02:00.0/class: Is not a 24-bit class code"), "{error}");
+        assert!(std::fs::read_to_string(path).unwrap().contains("gpu.count=1\n"));
     }
 
     #[test]

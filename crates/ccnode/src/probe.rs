@@ -68,7 +68,9 @@ fn line(problem: &Problem) -> String {
 /// The report for people.
 fn human(report: &Report) -> String {
     let mut text = host(report);
-    if report.devices.is_empty() {
+    if report.devices.is_empty() && !report.doubts.is_empty() {
+        text.push_str("It cannot be told whether this node has an NVIDIA device\n");
+    } else if report.devices.is_empty() {
         text.push_str("No NVIDIA device on this node; cargo lab demo shows ccnode on virtual ones\n");
     } else {
         let heads = ["BDF", "PRODUCT", "KIND", "DRIVER", "GROUP", "VFIO", "NUMA", "POWER", "CC", "PPCIE"];
@@ -182,6 +184,7 @@ fn remarks(report: &Report) -> Vec<String> {
         }
         _ => {}
     }
+    remarks.extend(report.unclassified.iter().map(|found| format!("{}: {found}", found.bdf)));
     for device in &report.devices {
         let bdf = device.function.bdf;
         for fault in &device.faults {

@@ -3,8 +3,8 @@
 use hw_probe::acs::{Port, Ports};
 use hw_probe::config::Liveness;
 use hw_probe::{
-    Bdf, Condition, Fault, Holders, HostDetails, HostFacts, Inventory, NVIDIA, PciFunction, Problem, SysRoot, holders,
-    pci_ids_name,
+    Bdf, Condition, Fault, Holders, HostDetails, HostFacts, Inventory, NVIDIA, PciFunction, Problem, SysRoot,
+    Unclassified, holders, pci_ids_name,
 };
 use serde::Serialize;
 
@@ -26,8 +26,13 @@ pub struct Report {
     pub node: NodeFiles,
     /// Every NVIDIA function, by address.
     pub devices: Vec<Device>,
+    /// Functions that may be NVIDIA's, too, but of which it cannot be told what they are.
+    pub unclassified: Vec<Unclassified>,
     /// What could not be read, of whatever function.
     pub problems: Vec<Problem>,
+    /// Those of them because of which it is not known which GPUs and NVSwitches the node has.
+    #[serde(skip)]
+    pub doubts: Vec<Problem>,
 }
 
 /// An NVIDIA function.
@@ -75,7 +80,10 @@ impl Report {
         let devices =
             nvidia.map(|function| Device::read(root, &inventory, function, &mut ports, &mut problems)).collect();
         let (holders, node) = (holders(root), NodeFiles::read(root));
-        Self { schema: Self::SCHEMA, host: inventory.host, host_details, holders, node, devices, problems }
+        let doubts = inventory.doubts().cloned().collect();
+        let unclassified = inventory.unclassified.into_iter().filter(Unclassified::may_be_nvidia).collect();
+        let (schema, host) = (Self::SCHEMA, inventory.host);
+        Self { schema, host, host_details, holders, node, devices, unclassified, problems, doubts }
     }
 
     /// The GPUs; virtual functions are none.
@@ -101,12 +109,21 @@ impl Device {
         let bdf = function.bdf;
         let members: Vec<&PciFunction> =
             function.iommu_group.map_or_else(Vec::new, |group| inventory.group_members(group).collect());
-        let blockers = function.iommu_group.map_or_else(Vec::new, |group| {
-            let others = inventory.group_blockers(group).filter(|member| member.bdf != bdf);
-            others.map(|other| Blocker { bdf: other.bdf, driver: other.driver.clone().unwrap_or_default() }).collect()
-        });
+        let strange = inventory
+            .unclassified
+            .iter()
+            .filter(|other| function.iommu_group.is_some() && other.iommu_group == function.iommu_group);
+        let blockers = {
+            let known = members.iter().filter(|member| member.bdf != bdf && member.blocks_its_group());
+            let strange = strange.clone().filter(|other| other.blocks_its_group());
+            let all =
+                known.map(|other| (other.bdf, &other.driver)).chain(strange.map(|other| (other.bdf, &other.driver)));
+            all.map(|(bdf, driver)| Blocker { bdf, driver: driver.clone().unwrap_or_default() }).collect()
+        };
         let slot = |bdf: Bdf| Bdf { function: 0, ..bdf };
-        let stranger = |member: &&&PciFunction| slot(member.bdf) != slot(bdf) && member.class >> 8 != 0x0604;
+        let is_bridge = |member: &PciFunction| member.class >> 8 == 0x0604;
+        let known = members.iter().filter(|member| !is_bridge(member)).map(|member| member.bdf);
+        let strangers = known.chain(strange.clone().map(|other| other.bdf)).filter(|other| slot(*other) != slot(bdf));
         let Condition { liveness, faults } = Condition::read(root, function);
         for fault in &faults {
             if let Fault::ConfigUnreadable { cause } = fault {
@@ -119,9 +136,13 @@ impl Device {
             liveness,
             faults,
             ports: ports.above(root, function),
-            group_members: members.iter().map(|member| member.bdf).collect(),
+            group_members: members
+                .iter()
+                .map(|member| member.bdf)
+                .chain(strange.clone().map(|other| other.bdf))
+                .collect(),
             group_blockers: blockers,
-            group_strangers: members.iter().filter(stranger).map(|member| member.bdf).collect(),
+            group_strangers: strangers.collect(),
             function: function.clone(),
         }
     }

@@ -118,7 +118,8 @@ fn concerned(inventory: &Inventory) -> BTreeSet<Bdf> {
     let nvidia = || inventory.functions.iter().filter(|function| function.vendor == NVIDIA);
     let groups: BTreeSet<u32> = nvidia().filter_map(|function| function.iommu_group).collect();
     let members = groups.into_iter().flat_map(|group| inventory.group_members(group));
-    members.chain(nvidia()).map(|function| function.bdf).collect()
+    let strange = inventory.unclassified.iter().filter(|found| found.may_be_nvidia()).map(|found| found.bdf);
+    members.chain(nvidia()).map(|function| function.bdf).chain(strange).collect()
 }
 
 #[cfg(test)]

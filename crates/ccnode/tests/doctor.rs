@@ -310,6 +310,39 @@ fn each_planted_cause_is_named() {
             "",
         ),
         ("unreadable", |fake| _ = fake.get(GPU).attr("numa_node", "?"), Warning, "Is not a NUMA node", "as root"),
+        (
+            "unreadable",
+            |fake| _ = fake.below(PORT).gpu("0000:42:00.0", 0x2330).attr("class", "?"),
+            Failed,
+            "0000:42:00.0/class: Is not a 24-bit class code",
+            "as root",
+        ),
+        (
+            "unreadable",
+            |fake| _ = fake.below(PORT).gpu("0000:42:00.0", 0x2330).remove_attr("vendor"),
+            Failed,
+            "0000:42:00.0/vendor: Is missing",
+            "as root",
+        ),
+        (
+            "unreadable",
+            |fake| {
+                fake.below(PORT).function("0000:42:00.0", 0x8086, 0x1533, 0x02_0000).attr("class", "?");
+            },
+            Ok,
+            "Nothing was in the way",
+            "",
+        ),
+        (
+            "iommu-group",
+            |fake| {
+                let audio = fake.below(PORT).function("0000:41:00.1", 0x10de, 0x22bd, 0x04_0300).group(5);
+                audio.driver("snd_hda_intel").attr("class", "?");
+            },
+            Failed,
+            "0000:41:00.1 in its IOMMU group 5 is bound to snd_hda_intel",
+            "bind them to vfio-pci",
+        ),
         ("kubelet-socket", |fake| fake.remove_file(PLUGIN_SOCKET), Failed, "is not there", "start the kubelet"),
         (
             "kubelet-socket",
@@ -503,6 +536,25 @@ fn a_node_that_is_ready_ends_with_0_and_so_does_one_without_gpus() {
     let (code, out, _) = doctor(fake.path(), &["--json"], false);
     let answer: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((code, &answer["gpus"], &answer["checks"]), (0, &0.into(), &serde_json::json!([])));
+}
+
+#[test]
+fn a_node_that_cannot_be_read_is_no_node_without_gpus() {
+    for blind in [
+        |fake: &FakeSysfs| std::fs::remove_dir_all(fake.path().join("sys/bus")).unwrap(),
+        |fake: &FakeSysfs| {
+            _ = fake.gpu(GPU, 0x2330).remove_attr("device").remove_attr("class");
+        },
+        |fake: &FakeSysfs| _ = fake.gpu(GPU, 0x2330).attr("vendor", [0xff]),
+    ] {
+        let fake = FakeSysfs::new();
+        blind(&fake);
+        for more in [&[][..], &["--json"]] {
+            let (code, out, notes) = doctor(fake.path(), more, false);
+            assert_eq!((code, out.as_str()), (2, ""));
+            assert!(notes.starts_with("ccnode: Cannot tell which GPUs this node has: sys/bus/pci/devices"), "{notes}");
+        }
+    }
 }
 
 #[test]

@@ -117,6 +117,7 @@ fn every_field_of_the_json_is_documented() {
     fake.gpu("0000:e2:00.0", 0x9999).patch_config(0, &[0x86, 0x80]);
     fake.gpu("0000:e3:00.0", 0x2330).patch_config(0x2b4, &[1]);
     fake.gpu("0000:e4:00.0", 0x2330).remove_attr("config");
+    fake.gpu("0000:e5:00.0", 0x2330).remove_attr("class");
     fake.process(7, "qemu", "0::/\n", &["/dev/vfio/3"]);
     fake.file("var/run/cdi/a.yaml", "x");
     let (out, _) = probe(fake.path(), true).unwrap();
@@ -140,6 +141,26 @@ fn a_node_without_gpus_says_so() {
     assert_eq!((out.as_str(), notes.as_str()), (expected, ""));
     let (out, _) = probe(fake.path(), true).unwrap();
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["devices"], json!([]));
+}
+
+#[test]
+fn a_device_of_which_it_cannot_be_told_what_it_is_is_told() {
+    let fake = FakeSysfs::new();
+    fake.gpu("0000:41:00.0", 0x2330).group(4).driver("nvidia").attr("class", "?");
+    fake.function("0000:42:00.0", 0x8086, 0x1533, 0x02_0000).attr("class", "?");
+    let (out, notes) = probe(fake.path(), false).unwrap();
+    let lines: Vec<&str> = out.lines().skip(1).collect();
+    assert_eq!(
+        lines,
+        [
+            "It cannot be told whether this node has an NVIDIA device",
+            "0000:41:00.0: It cannot be told what this is: class cannot be read; vendor 0x10de; device 0x2330; bound to nvidia"
+        ]
+    );
+    assert!(notes.contains("0000:41:00.0/class: Is not"), "{notes}");
+    let report: Value = serde_json::from_str(&probe(fake.path(), true).unwrap().0).unwrap();
+    let expected = json!([{ "bdf": "0000:41:00.0", "vendor": 0x10de, "device": 0x2330, "class": null, "driver": "nvidia", "iommu_group": 4 }]);
+    assert_eq!((&report["unclassified"], &report["devices"]), (&expected, &json!([])));
 }
 
 #[test]

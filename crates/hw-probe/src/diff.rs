@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bdf, DeviceKind, HostFacts, Inventory, PciFunction, Problem};
+use crate::{Bdf, DeviceKind, HostFacts, Inventory, PciFunction, Problem, Unclassified};
 
 /// One difference between two scans.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +46,15 @@ pub enum Change {
         /// Its text before; none for none.
         before: Option<String>,
         /// Its text now.
+        after: Option<String>,
+    },
+    /// It cannot be told any more what a function is, or it can be told again, or something of such a function differs.
+    Unclassified {
+        /// The function.
+        bdf: Bdf,
+        /// What was said of it; none when it was told, or was not there.
+        before: Option<String>,
+        /// What is said of it now; none when it can be told, or is gone.
         after: Option<String>,
     },
     /// A fact of the host differs.
@@ -125,7 +134,8 @@ impl Change {
             Self::Appeared { bdf, .. }
             | Self::Vanished { bdf, .. }
             | Self::Replaced { bdf, .. }
-            | Self::Property { bdf, .. } => Some(*bdf),
+            | Self::Property { bdf, .. }
+            | Self::Unclassified { bdf, .. } => Some(*bdf),
             Self::ProblemAppeared { problem } | Self::ProblemGone { problem } => problem.bdf,
             Self::Host { .. } => None,
         }
@@ -146,6 +156,10 @@ impl fmt::Display for Change {
                 }
                 write!(f, "{bdf}: {text}: {before} -> {after}")
             }
+            Self::Unclassified { bdf, after: Some(after), .. } => write!(f, "{bdf}: {after}"),
+            Self::Unclassified { bdf, after: None, .. } => {
+                write!(f, "{bdf}: Not any more a function of which it cannot be told what it is")
+            }
             Self::Host { fact, before, after } => {
                 write!(f, "Host: {fact}: {} -> {}", or_none(before), or_none(after))
             }
@@ -156,8 +170,8 @@ impl fmt::Display for Change {
 }
 
 impl Inventory {
-    /// What changed from `old` to `new`: the host first, then the functions by address, then problems. Empty exactly when
-    /// the two are equal.
+    /// What changed from `old` to `new`: the host first, then the functions by address, then problems. Of two scans it is empty
+    /// exactly when they are equal.
     pub fn diff(old: &Self, new: &Self) -> Vec<Change> {
         let mut changes = host(&old.host, &new.host);
         let mut bdfs: Vec<Bdf> = old.functions.iter().chain(&new.functions).map(|function| function.bdf).collect();
@@ -168,6 +182,8 @@ impl Inventory {
                 (None, Some(came)) => {
                     changes.push(Change::Appeared { bdf, kind: came.kind, name: came.name.clone() });
                 }
+                // That it is there, but no longer known for what it is, is told below.
+                (Some(_), None) if new.unclassified.iter().any(|found| found.bdf == bdf) => {}
                 (Some(went), None) => {
                     changes.push(Change::Vanished { bdf, kind: went.kind, name: went.name.clone() });
                 }
@@ -175,6 +191,7 @@ impl Inventory {
                 _ => {}
             }
         }
+        unclassified(&old.unclassified, &new.unclassified, &mut changes);
         let only = |these: &[Problem], those: &[Problem]| {
             these.iter().filter(|problem| !those.contains(problem)).cloned().collect::<Vec<_>>()
         };
@@ -199,6 +216,24 @@ fn host(old: &HostFacts, new: &HostFacts) -> Vec<Change> {
     ];
     let changed = facts.into_iter().filter(|(_, before, after)| before != after);
     changed.map(|(fact, before, after)| Change::Host { fact: fact.into(), before, after }).collect()
+}
+
+fn unclassified(old: &[Unclassified], new: &[Unclassified], changes: &mut Vec<Change>) {
+    let mut bdfs: Vec<Bdf> = old.iter().chain(new).map(|found| found.bdf).collect();
+    bdfs.sort_unstable();
+    bdfs.dedup();
+    for bdf in bdfs {
+        let of = |list: &[Unclassified]| list.iter().find(|found| found.bdf == bdf).cloned();
+        let (before, after) = (of(old), of(new));
+        if before != after {
+            let text = |found: Option<Unclassified>| {
+                let Unclassified { iommu_group, .. } = found.as_ref()?;
+                let group = iommu_group.map_or_else(String::new, |group| format!("; IOMMU group {group}"));
+                Some(format!("{}{group}", found.as_ref()?))
+            };
+            changes.push(Change::Unclassified { bdf, before: text(before), after: text(after) });
+        }
+    }
 }
 
 /// A unit variant in lower case, as people see it.
@@ -389,6 +424,17 @@ mod tests {
                 "0000:41:00.0: IOMMU group: none -> 7",
             ]
         );
+        let strange = |fake: &FakeSysfs| _ = fake.get(GPU).attr("class", "?");
+        let first = "0000:41:00.0: It cannot be told what this is: class cannot be read; vendor 0x10de; device 0x2330";
+        let second = "sys/bus/pci/devices/0000:41:00.0/class: Is not a 24-bit class code: \"?\"";
+        assert_eq!(told(gpu, strange), [first, second]);
+        let both = |fake: &FakeSysfs| {
+            gpu(fake);
+            strange(fake);
+        };
+        assert_eq!(told(both, |fake| _ = fake.get(GPU).driver("x")), [format!("{first}; bound to x")]);
+        assert_eq!(told(both, |fake| _ = fake.get(GPU).group(3)).len(), 2, "the host has groups now, and it is in one");
+        assert_eq!(told(both, |fake| _ = fake.get(GPU).class(0x03_0200)).len(), 3, "appeared, known, readable");
         let broken = |fake: &FakeSysfs| _ = fake.gpu(GPU, 0x2330).attr("numa_node", "?");
         let cured = |fake: &FakeSysfs| _ = fake.get(GPU).numa(0);
         assert_eq!(

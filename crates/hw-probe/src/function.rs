@@ -1,5 +1,7 @@
 //! What sysfs says of one PCI function, and what ccnode makes of it.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::Bdf;
@@ -86,12 +88,71 @@ impl PciFunction {
     /// Whether the bound driver is a VFIO driver: `vfio-pci`, a variant such as `nvgrace_gpu_vfio_pci`, or any driver
     /// under which the kernel made a VFIO character device. The one notion of it in all of ccnode.
     pub fn is_vfio_bound(&self) -> bool {
-        self.driver.as_deref().is_some_and(|driver| {
-            self.vfio_cdev.is_some()
-                || driver == "vfio-pci"
-                || driver.ends_with("_vfio_pci")
-                || driver.ends_with("-vfio-pci")
-        })
+        self.driver.as_deref().is_some_and(|driver| self.vfio_cdev.is_some() || is_vfio(driver))
+    }
+
+    /// Whether its driver keeps VFIO from taking its IOMMU group: neither a VFIO driver nor one that the kernel lets share the
+    /// group (`pcieport` of bridges, `pci-stub`). A function without a driver does not.
+    pub fn blocks_its_group(&self) -> bool {
+        !self.is_vfio_bound() && self.driver.as_deref().is_some_and(blocks)
+    }
+}
+
+fn is_vfio(driver: &str) -> bool {
+    driver == "vfio-pci" || driver.ends_with("_vfio_pci") || driver.ends_with("-vfio-pci")
+}
+
+fn blocks(driver: &str) -> bool {
+    !matches!(driver, "pcieport" | "pci-stub") && !is_vfio(driver)
+}
+
+/// A function whose vendor, device or class cannot be read, so that it is not known what it is. What failed is among
+/// [`crate::Inventory::problems`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unclassified {
+    /// PCI address.
+    pub bdf: Bdf,
+    /// Vendor id, if that could be read.
+    pub vendor: Option<u16>,
+    /// Device id, if that could be read.
+    pub device: Option<u16>,
+    /// Class code, if that could be read.
+    pub class: Option<u32>,
+    /// Name of the bound driver.
+    pub driver: Option<String>,
+    /// Number of the IOMMU group.
+    pub iommu_group: Option<u32>,
+}
+
+impl Unclassified {
+    /// Whether it may be a GPU or an NVSwitch: its vendor is NVIDIA or not known.
+    pub fn may_be_nvidia(&self) -> bool {
+        self.vendor.is_none_or(|vendor| vendor == NVIDIA)
+    }
+
+    /// As [`PciFunction::blocks_its_group`].
+    pub fn blocks_its_group(&self) -> bool {
+        self.driver.as_deref().is_some_and(blocks)
+    }
+}
+
+impl fmt::Display for Unclassified {
+    /// What is not known, and what is.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bdf: _, vendor, device, class, driver, iommu_group: _ } = self;
+        let missing = [("vendor", vendor.is_none()), ("device", device.is_none()), ("class", class.is_none())];
+        let missing: Vec<&str> = missing.iter().filter(|(_, missing)| *missing).map(|(name, _)| *name).collect();
+        write!(f, "It cannot be told what this is: {} cannot be read", missing.join(" and "))?;
+        if let Some(vendor) = vendor {
+            write!(f, "; vendor {vendor:#06x}")?;
+        }
+        if let Some(device) = device {
+            write!(f, "; device {device:#06x}")?;
+        }
+        if let Some(class) = class {
+            write!(f, "; class {class:#08x}")?;
+        }
+        driver.as_ref().map_or(Ok(()), |driver| write!(f, "; bound to {driver}"))
     }
 }
 

@@ -2,21 +2,24 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bdf, HostFacts, PciFunction, SysRoot};
+use crate::scan::DEVICES;
+use crate::{Bdf, HostFacts, PciFunction, SysRoot, Unclassified};
 
 /// Everything the scan found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Inventory {
     /// The host.
     pub host: HostFacts,
-    /// Every PCI function, by address.
+    /// Every PCI function, by address, save those of `unclassified`.
     pub functions: Vec<PciFunction>,
-    /// What could not be read, function by function: the rest of the node is still told.
+    /// Functions of which it cannot be told what they are, by address. No agent touches them.
+    pub unclassified: Vec<Unclassified>,
+    /// What could not be read, by function and path, the node's own first: the rest of the node is still told.
     pub problems: Vec<Problem>,
 }
 
 /// One thing that could not be read.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
     /// The function concerned, or none for the node.
     pub bdf: Option<Bdf>,
@@ -28,13 +31,26 @@ pub struct Problem {
 
 impl Inventory {
     /// Scans the node. It opens no device and wakes none; the one read that the kernel may hold up (`driver_override`,
-    /// while a reset or an unbind is under way) is given up after one second and noted as a problem. Never fails: what cannot be read is in [`Inventory::problems`], and a function that vanishes
-    /// while it is being read is left out.
+    /// while a reset or an unbind is under way) is given up after one second and noted as a problem. Never fails: what cannot be read is
+    /// in [`Inventory::problems`], and a function that vanishes while it is being read is left out.
     pub fn scan(root: &SysRoot) -> Self {
         let mut problems = Vec::new();
         let host = HostFacts::read_noting(root, &mut problems);
-        let functions = crate::scan::functions(root, &mut problems);
-        Self { host, functions, problems }
+        let (functions, unclassified) = crate::scan::functions(root, &mut problems);
+        // In an order of their own and each once, so that two scans of the same are equal.
+        problems.sort_unstable();
+        problems.dedup();
+        Self { host, functions, unclassified, problems }
+    }
+
+    /// Those of the problems because of which it is not known which GPUs and NVSwitches the node has: functions that may be one
+    /// and cannot be told apart, or the bus itself.
+    pub fn doubts(&self) -> impl Iterator<Item = &Problem> {
+        let foreign = |bdf| self.unclassified.iter().any(|found| found.bdf == bdf && !found.may_be_nvidia());
+        self.problems.iter().filter(move |problem| match problem.bdf {
+            Some(bdf) => self.get(bdf).is_none() && !foreign(bdf),
+            None => problem.path == DEVICES,
+        })
     }
 
     /// NVIDIA GPUs, by address. Virtual functions are not GPUs of the node and are left out.
@@ -57,12 +73,8 @@ impl Inventory {
         self.functions.iter().filter(move |function| function.iommu_group == Some(group))
     }
 
-    /// The members of an IOMMU group that keep VFIO from taking it: bound to a driver that is neither a VFIO driver nor
-    /// one the kernel lets share the group (`pcieport` of bridges, `pci-stub`). A member without a driver does not block.
+    /// The members of an IOMMU group that keep VFIO from taking it ([`PciFunction::blocks_its_group`]).
     pub fn group_blockers(&self, group: u32) -> impl Iterator<Item = &PciFunction> {
-        self.group_members(group).filter(|member| {
-            let harmless = |driver: &str| matches!(driver, "pcieport" | "pci-stub") || member.is_vfio_bound();
-            member.driver.as_deref().is_some_and(|driver| !harmless(driver))
-        })
+        self.group_members(group).filter(|member| member.blocks_its_group())
     }
 }

@@ -41,7 +41,7 @@ pub use details::{HostDetails, LockdownFinding, Module, ModuleState, Parameter, 
 pub use diff::{Change, Property};
 pub use function::{
     Architecture, Bar, BarFirewall, BitField, CcEnable, DRIVER_UNREADABLE, DeviceKind, FormFactor, FspTransport, Link,
-    Model, NVIDIA, PciFunction, Power, RESET_UNNAMED, VfioCdev,
+    Model, NVIDIA, PciFunction, Power, RESET_UNNAMED, Unclassified, VfioCdev,
 };
 pub use holders::{Holder, Holders, holders};
 pub use host::{HostFacts, IommuState, Lockdown, Tee};

@@ -5,14 +5,17 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::function::{Bar, DRIVER_UNREADABLE, DeviceKind, Link, Model, PciFunction, Power, RESET_UNNAMED, VfioCdev};
+use crate::function::{
+    Bar, DRIVER_UNREADABLE, DeviceKind, Link, Model, PciFunction, Power, RESET_UNNAMED, Unclassified, VfioCdev,
+};
 use crate::sysfs::{Node, PATIENCE, Unreadable, before_access, decimal, excerpt, hex};
 use crate::{Bdf, Problem, SysRoot, names, table};
 
-const DEVICES: &str = "sys/bus/pci/devices";
+pub(crate) const DEVICES: &str = "sys/bus/pci/devices";
 
-/// Every function that is still there when its reading ends, by address.
-pub(crate) fn functions(root: &SysRoot, problems: &mut Vec<Problem>) -> Vec<PciFunction> {
+/// Every function that is still there when its reading ends, by address: those that are known for what they are, and those
+/// that are not.
+pub(crate) fn functions(root: &SysRoot, problems: &mut Vec<Problem>) -> (Vec<PciFunction>, Vec<Unclassified>) {
     let mut bus = Node::new(root, DEVICES, None);
     let mut bdfs = Vec::new();
     if !bus.exists("") {
@@ -28,13 +31,21 @@ pub(crate) fn functions(root: &SysRoot, problems: &mut Vec<Problem>) -> Vec<PciF
     }
     problems.append(&mut bus.problems);
     bdfs.sort_unstable();
-    bdfs.into_iter().filter_map(|bdf| function(root, bdf, problems)).collect()
+    let (mut functions, mut unclassified) = (Vec::new(), Vec::new());
+    for bdf in bdfs {
+        match function(root, bdf, problems) {
+            Some(Ok(found)) => functions.push(found),
+            Some(Err(found)) => unclassified.push(found),
+            None => {}
+        }
+    }
+    (functions, unclassified)
 }
 
 /// How often a function is read whose place another takes meanwhile.
 const TRIES: usize = 3;
 
-fn function(root: &SysRoot, bdf: Bdf, problems: &mut Vec<Problem>) -> Option<PciFunction> {
+fn function(root: &SysRoot, bdf: Bdf, problems: &mut Vec<Problem>) -> Option<Result<PciFunction, Unclassified>> {
     let mut before = instance(root, bdf).ok();
     for _ in 0..TRIES {
         let mut node = Node::new(root, &format!("{DEVICES}/{bdf}"), Some(bdf));
@@ -49,7 +60,7 @@ fn function(root: &SysRoot, bdf: Bdf, problems: &mut Vec<Problem>) -> Option<Pci
         };
         if before == after {
             problems.append(&mut node.problems);
-            return found;
+            return Some(found);
         }
         // Facts of two devices are the facts of none.
         tracing::debug!(%bdf, "PCI function was replaced during the scan");
@@ -57,7 +68,7 @@ fn function(root: &SysRoot, bdf: Bdf, problems: &mut Vec<Problem>) -> Option<Pci
     }
     let message = format!("Was another device each of the {TRIES} times that it was read");
     problems.push(Problem { bdf: Some(bdf), path: format!("{DEVICES}/{bdf}"), message });
-    None
+    Some(Err(Unclassified { bdf, vendor: None, device: None, class: None, driver: None, iommu_group: None }))
 }
 
 /// Inode of the function's folder.
@@ -66,7 +77,7 @@ fn instance(root: &SysRoot, bdf: Bdf) -> io::Result<u64> {
     fs::metadata(root.function(bdf)).map(|folder| folder.ino())
 }
 
-fn read(root: &SysRoot, bdf: Bdf, instance: Option<u64>, node: &mut Node) -> Option<PciFunction> {
+fn read(root: &SysRoot, bdf: Bdf, instance: Option<u64>, node: &mut Node) -> Result<PciFunction, Unclassified> {
     let id = |text: &str| u16::try_from(hex(text)?).ok();
     let code = |text: &str| u32::try_from(hex(text)?).ok().filter(|class| *class < 1 << 24);
     // All three are read before any is judged, so that each has its problem told.
@@ -75,7 +86,10 @@ fn read(root: &SysRoot, bdf: Bdf, instance: Option<u64>, node: &mut Node) -> Opt
         node.required("device", "a 16-bit id", id),
         node.required("class", "a 24-bit class code", code),
     );
-    let (vendor, device, class) = (vendor?, device?, class?);
+    let (Some(vendor), Some(device), Some(class)) = (vendor, device, class) else {
+        let (driver, iommu_group) = (driver(node), iommu_group(node));
+        return Err(Unclassified { bdf, vendor, device, class, driver, iommu_group });
+    };
     let subsystem_device = node.parsed("subsystem_device", "a 16-bit id", id);
     let kind = table::classify(vendor, class);
     let model = Model::lookup(kind, device, subsystem_device);
@@ -84,7 +98,7 @@ fn read(root: &SysRoot, bdf: Bdf, instance: Option<u64>, node: &mut Node) -> Opt
         runtime_status: node.word("power/runtime_status"),
         state: node.word("power_state"),
     };
-    Some(PciFunction {
+    Ok(PciFunction {
         bdf,
         instance,
         vendor,
@@ -96,7 +110,7 @@ fn read(root: &SysRoot, bdf: Bdf, instance: Option<u64>, node: &mut Node) -> Opt
         kind,
         name: name(vendor, device, kind, model.as_ref()),
         model,
-        driver: node.link("driver").unwrap_or_else(|Unreadable| Some(DRIVER_UNREADABLE.to_owned())),
+        driver: driver(node),
         driver_override: node
             .text_within("driver_override", PATIENCE)
             .filter(|text| !matches!(text.as_str(), "" | "(null)")),
@@ -120,6 +134,10 @@ fn name(vendor: u16, device: u16, kind: DeviceKind, model: Option<&Model>) -> Op
     // Names of foreign devices would be true, but nobody asks ccnode for them.
     let registered = || (kind != DeviceKind::Foreign).then(|| names::pci_ids_name(vendor, device)).flatten();
     own.or_else(|| registered().map(str::to_owned)).or_else(|| model.map(|model| model.name.clone()))
+}
+
+fn driver(node: &mut Node) -> Option<String> {
+    node.link("driver").unwrap_or_else(|Unreadable| Some(DRIVER_UNREADABLE.to_owned()))
 }
 
 fn iommu_group(node: &mut Node) -> Option<u32> {
@@ -428,16 +446,43 @@ mod tests {
     }
 
     #[test]
-    fn a_function_without_identity_is_a_problem_and_not_a_function() {
-        for file in ["vendor", "device", "class"] {
+    fn a_function_without_identity_is_told_as_such() {
+        let (vendor, device, class) = (Some(0x10de), Some(0x2330), Some(0x03_0200));
+        let driver = || Some("nvidia".to_owned());
+        let whole = Unclassified { bdf: bdf(GPU), vendor, device, class, driver: driver(), iommu_group: Some(4) };
+        for (file, expected) in [
+            ("vendor", Unclassified { vendor: None, ..whole.clone() }),
+            ("device", Unclassified { device: None, ..whole.clone() }),
+            ("class", Unclassified { class: None, ..whole.clone() }),
+        ] {
             let fake = FakeSysfs::new();
-            fake.gpu(GPU, 0x2330).remove_attr(file);
+            fake.gpu(GPU, 0x2330).group(4).driver("nvidia").remove_attr(file);
             fake.gpu("0000:42:00.0", 0x2330);
             let inventory = scan(&fake);
             assert_eq!(inventory.functions.len(), 1);
             let path = format!("sys/bus/pci/devices/{GPU}/{file}");
             assert_eq!(inventory.problems, [Problem { bdf: Some(bdf(GPU)), path, message: "Is missing".into() }]);
+            assert_eq!(inventory.unclassified, [expected], "{file}");
+            assert!(inventory.unclassified[0].may_be_nvidia() && inventory.unclassified[0].blocks_its_group());
+            assert_eq!(inventory.doubts().collect::<Vec<_>>(), [&inventory.problems[0]]);
+            let text = inventory.unclassified[0].to_string();
+            assert!(text.contains(&format!("{file} cannot be read")) && text.ends_with("bound to nvidia"), "{text}");
         }
+        // A stranger is told, too, but leaves no doubt about GPUs; nor does any other file.
+        let fake = FakeSysfs::new();
+        fake.function(GPU, 0x8086, 0x1533, 0x02_0000).attr("class", "?");
+        fake.gpu("0000:42:00.0", 0x2330).attr("numa_node", "?");
+        let inventory = scan(&fake);
+        assert!(!inventory.unclassified[0].may_be_nvidia() && !inventory.unclassified[0].blocks_its_group());
+        assert_eq!((inventory.problems.len(), inventory.doubts().count()), (2, 0));
+    }
+
+    #[test]
+    fn without_the_bus_there_is_doubt() {
+        let fake = FakeSysfs::new();
+        assert_eq!(scan(&fake).doubts().count(), 0);
+        fs::remove_dir(fake.path().join(DEVICES)).unwrap();
+        assert_eq!(scan(&fake).doubts().map(|problem| problem.message.as_str()).collect::<Vec<_>>(), ["Is missing"]);
     }
 
     #[test]
