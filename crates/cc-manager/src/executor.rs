@@ -77,7 +77,10 @@ impl From<&gpu_firmware::Error> for DeviceFault {
     fn from(error: &gpu_firmware::Error) -> Self {
         Self {
             bdf: error.bdf,
-            busy: matches!(*error.fault, Fault::InUse { .. } | Fault::LockHeld { .. } | Fault::OwnershipChanged { .. }),
+            busy: matches!(
+                *error.fault,
+                Fault::InUse { .. } | Fault::LockHeld { .. } | Fault::OwnershipChanged { .. } | Fault::ReleaseRequested
+            ),
             untouched: matches!(*error.fault, Fault::Stopped { .. }),
             error: ErrorRecord { code: error.code().to_owned(), message: error.line() },
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hw_probe::{Bdf, PciFunction};
 use serde::Serialize;
 
-use crate::access::{BackEnd, Bar0, capability_word, is_pri_error, read_sane};
+use crate::access::{self, Access, BackEnd, Bar0, capability_word, is_pri_error, read_sane};
 use crate::chip::{BOOT_0, BOOT_0_SECURITY_FAULT, BOOTED, Chip, FIREWALL, FSP_STATUS, Support};
 use crate::clock::{Clock, SystemClock, Wait, millis};
 use crate::error::{Error, Fault};
@@ -17,7 +17,6 @@ use crate::mailbox::Fsp;
 use crate::message::Request;
 use crate::mode::{Effective, Mode};
 use crate::ownership::OwnedDevice;
-use crate::sysfs::SysfsBackEnd;
 
 /// Word of configuration space that is all ones when the device is gone, even behind a hypervisor that emulates the rest
 /// (gpu-cc-protocol section 1.2).
@@ -77,13 +76,14 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// Opens an owned device through sysfs: wakes it up, and touches no register yet.
+    /// Opens an owned device, the way that its ownership allows: wakes it up, and touches no register yet. As an opened VFIO
+    /// device it has been reset by that.
     pub fn open(owned: &OwnedDevice) -> Result<Self, Error> {
         let fail = |fault| Error::new(owned.bdf(), fault);
         // Before anything is changed: whether it can be driven at all.
         Support::of(owned.function()).map_err(fail)?;
-        let back = SysfsBackEnd::open(owned.clone(), &SystemClock).map_err(fail)?;
-        Self::with_back_end(owned.function(), Box::new(back), Arc::new(SystemClock))
+        let back = access::open(owned, &SystemClock).map_err(fail)?;
+        Self::with_back_end(owned.function(), back, Arc::new(SystemClock))
     }
 
     /// Opens the device that `back` reaches.
@@ -109,6 +109,11 @@ impl Device {
     /// What can be done with it.
     pub fn support(&self) -> &Support {
         &self.support
+    }
+
+    /// The way it is reached.
+    pub fn access(&self) -> Access {
+        self.back.access()
     }
 
     /// Waits until the device has booted: configuration space answers, the BAR firewall is open, no security fault, BAR0
@@ -166,6 +171,13 @@ impl Device {
         self.reset_with(|back| back.bus_reset()).map_err(|fault| self.fail(fault))
     }
 
+    /// Gives up what is open of the device, to be called when it is verified. Closing a VFIO device resets it again, which
+    /// activates the knobs that were just verified; then this waits until configuration space answers, no longer than the
+    /// chip's boot budget. Afterwards no register can be reached.
+    pub fn release(&mut self) -> Result<(), Error> {
+        self.do_release().map_err(|fault| self.fail(fault))
+    }
+
     /// Whether the device is in `mode`, its own, effective and knobs; if not, an error that says what it is in.
     pub fn verify(&mut self, mode: Mode) -> Result<Observed, Error> {
         self.do_verify(mode).map_err(|fault| self.fail(fault))
@@ -219,14 +231,21 @@ impl Device {
         open.ok_or(Fault::FirewallClosed { word: last, waited_ms: millis(FIREWALL.timeout) })
     }
 
+    /// Waits until configuration space answers.
+    fn await_config(&self) -> Result<(), Fault> {
+        let budget = self.chip().boot_wait;
+        if budget.poll(&*self.clock, || self.config_alive())?.is_none() {
+            let what = format!("configuration space does not answer for {} ms", millis(budget.timeout));
+            return Err(Fault::OffBus { what });
+        }
+        Ok(())
+    }
+
     fn boot(&mut self) -> Result<(), Fault> {
         self.bar0 = None;
         let (chip, clock) = (self.chip(), Arc::clone(&self.clock));
         let budget = chip.boot_wait;
-        if budget.poll(&*clock, || self.config_alive())?.is_none() {
-            let what = format!("configuration space does not answer for {} ms", millis(budget.timeout));
-            return Err(Fault::OffBus { what });
-        }
+        self.await_config()?;
         let fault_word = self.fault_word();
         if let Some(word) = fault_word.filter(|word| *word != 0) {
             // Which bits mean a lockdown is not public for every chip; BOOT_0 decides.
@@ -376,6 +395,9 @@ impl Device {
                         // Before the first write, for all that may follow: a change that cannot be ended is not begun.
                         self.permitted(&steps[index..])?;
                     }
+                    if written.is_empty() || knob::forbidden(&knobs).is_none() {
+                        self.safe_point()?;
+                    }
                     let write = KnobWrite { knob, from, to };
                     self.write_knob(write)?;
                     stop |= on_write(&write).is_break();
@@ -409,12 +431,32 @@ impl Device {
     }
 
     fn reset_with(&mut self, reset: impl FnOnce(&mut dyn BackEnd) -> Result<(), Fault>) -> Result<(), Fault> {
+        self.safe_point()?;
         self.bar0 = None;
         self.fsp = Fsp::new(self.chip().mailbox);
         if self.config_alive()?.is_none() {
             return Err(Fault::OffBus { what: "configuration space does not answer; not reset".into() });
         }
         reset(&mut *self.back)
+    }
+
+    fn do_release(&mut self) -> Result<(), Fault> {
+        self.bar0 = None;
+        if !self.back.release()? {
+            return Ok(());
+        }
+        self.await_config()?;
+        match self.fault_word() {
+            Some(word) if word != 0 => tracing::warn!(device = %self.bdf, "the security-fault word reads {word:08x}"),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// An error if somebody waits for the device. Asked before each reset, and before each write of a knob unless the knobs
+    /// as they are must not be activated.
+    fn safe_point(&self) -> Result<(), Fault> {
+        if self.back.release_requested() { Err(Fault::ReleaseRequested) } else { Ok(()) }
     }
 
     fn do_verify(&mut self, mode: Mode) -> Result<Observed, Fault> {

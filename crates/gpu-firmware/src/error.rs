@@ -8,6 +8,7 @@ use hw_probe::Bdf;
 use nix::errno::Errno;
 use serde::Serialize;
 
+use crate::access::Access;
 use crate::knob::{Knob, KnobState};
 use crate::mode::{Effective, Mode};
 
@@ -369,6 +370,47 @@ pub enum Fault {
         /// What happened.
         what: String,
     },
+    /// Somebody wants the device that we have opened: it is being unbound or unplugged. It was given back at a safe point.
+    #[error("Given up half-way: it is being unbound or unplugged")]
+    ReleaseRequested,
+    /// The kernel refused one of VFIO's calls, in a way that means nothing more precise.
+    #[error("VFIO refused to {action} {}: {}", path.display(), errno_text(*errno))]
+    VfioRefused {
+        /// What was tried (`open`, `reset`, ...).
+        action: &'static str,
+        /// VFIO's file.
+        path: PathBuf,
+        /// The kernel's error number.
+        errno: i32,
+    },
+    /// A device of the IOMMU group is used by the host, so that the kernel gives no device of it to VFIO.
+    #[error("IOMMU group {group} cannot be opened by VFIO: {}", members_text(members))]
+    GroupNotViable {
+        /// The group.
+        group: u32,
+        /// Its members that have a driver other than a VFIO driver, with that driver.
+        members: Vec<(Bdf, String)>,
+    },
+    /// The way to reach the device that was asked for is not open.
+    #[error("Cannot be reached through {access}, as was asked for: {reason}")]
+    AccessUnavailable {
+        /// What was asked for.
+        access: Access,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// An opened device does not take part in memory accesses: it was put to sleep, or its memory decoding turned off.
+    #[error("BAR0 is closed: register {register:#x} cannot be reached through VFIO")]
+    Bar0Closed {
+        /// The register.
+        register: u32,
+    },
+    /// The device's bus may not be reset, or not by us.
+    #[error("Its bus cannot be reset: {reason}")]
+    BusResetUnavailable {
+        /// Why not.
+        reason: String,
+    },
 }
 
 impl Fault {
@@ -413,6 +455,12 @@ impl Fault {
             Self::UnsafePath { .. } => "UnsafePath",
             Self::Stopped { .. } => "Stopped",
             Self::Interrupted { .. } => "Interrupted",
+            Self::ReleaseRequested => "ReleaseRequested",
+            Self::VfioRefused { .. } => "VfioRefused",
+            Self::GroupNotViable { .. } => "GroupNotViable",
+            Self::AccessUnavailable { .. } => "AccessUnavailable",
+            Self::Bar0Closed { .. } => "Bar0Closed",
+            Self::BusResetUnavailable { .. } => "BusResetUnavailable",
         }
     }
 
@@ -489,6 +537,16 @@ impl Fault {
             }
             Self::UnsafePath { .. } => "make it a folder owned by root that nobody else can write to",
             Self::Stopped { .. } | Self::Interrupted { .. } => "try again",
+            Self::ReleaseRequested => "bind it to vfio-pci again, or leave it to whoever took it",
+            Self::VfioRefused { .. } => {
+                "look for vfio in the kernel log; the modules vfio_pci and vfio_iommu_type1 must be loaded"
+            }
+            Self::GroupNotViable { .. } => "unbind those devices, or bind them to vfio-pci as well",
+            Self::AccessUnavailable { .. } => "let the access be chosen automatically, or bind the device to vfio-pci",
+            Self::Bar0Closed { .. } => {
+                "try again; if it stays so, look for power errors of the device in the kernel log"
+            }
+            Self::BusResetUnavailable { .. } => "power-cycle the host to reset it",
         }
     }
 
@@ -535,12 +593,17 @@ fn words(dwords: &[u32]) -> String {
     if text.is_empty() { "empty".to_owned() } else { text }
 }
 
-fn methods_text(methods: &str) -> &str {
+pub(crate) fn methods_text(methods: &str) -> &str {
     if methods.is_empty() { "none" } else { methods }
 }
 
 fn group_text(group: Option<u32>) -> String {
     group.map_or_else(|| "(none)".to_owned(), |group| group.to_string())
+}
+
+fn members_text(members: &[(Bdf, String)]) -> String {
+    let texts: Vec<_> = members.iter().map(|(bdf, driver)| format!("{bdf} is on driver {driver}")).collect();
+    if texts.is_empty() { "another of its devices is used by the host".to_owned() } else { texts.join(", ") }
 }
 
 fn knobs_text(knobs: &[KnobState]) -> String {

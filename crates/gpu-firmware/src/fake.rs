@@ -13,7 +13,7 @@ use hw_probe::testing::FakeSysfs;
 use hw_probe::{Architecture, Bdf, DeviceKind, Inventory, Model, PciFunction, SysRoot};
 use nix::errno::Errno;
 
-use crate::access::{BackEnd, Bar0, Reset};
+use crate::access::{Access, BackEnd, Bar0, Reset};
 use crate::chip::GH100;
 use crate::clock::Clock;
 use crate::device::Device;
@@ -421,6 +421,10 @@ impl Reset for FakeGpu {
 }
 
 impl BackEnd for FakeGpu {
+    fn access(&self) -> Access {
+        Access::Sysfs
+    }
+
     fn config32(&self, offset: u16) -> Result<u32, Fault> {
         let state = self.state();
         if state.has(&Quirk::ConfigDead) {

@@ -25,6 +25,9 @@
 //! # }
 //! ```
 //!
+//! Devices are reached through sysfs while their VFIO group files are held, or as opened VFIO devices where the kernel is
+//! locked down or has no group files ([`Access`]).
+//!
 //! Hopper and Blackwell GPUs and LS10 switches are driven; other devices are refused by name, with the reason.
 
 #![deny(unsafe_code)]
@@ -35,6 +38,8 @@ mod clock;
 mod device;
 mod emem;
 mod error;
+#[allow(unsafe_code, reason = "system calls of VFIO; every block states why it is sound")]
+mod ioctl;
 mod knob;
 mod lock;
 mod mailbox;
@@ -47,11 +52,12 @@ mod ownership;
 mod plan;
 mod sysfs;
 mod transition;
+mod vfio;
 
 #[cfg(test)]
 mod fake;
 
-pub use access::{BackEnd, Bar0, Reset};
+pub use access::{Access, AccessError, BackEnd, Bar0, Choice, Reset};
 pub use chip::{Chip, GB10X, GB20X, GH100, LS10, Support};
 pub use clock::{Clock, SystemClock};
 pub use device::{Device, Observed, Staged};
@@ -59,6 +65,6 @@ pub use error::{Error, Fault, Holder};
 pub use knob::{Knob, KnobState, KnobWrite, Step, configured, forbidden, matches, steps, vector};
 pub use lock::DeviceLock;
 pub use mode::{Effective, Mode, ModeError};
-pub use ownership::{Hold, OwnedDevice, Ownership, Places, Refused, group_holders, group_is_free};
+pub use ownership::{Hold, OwnedDevice, Ownership, Places, Refused, Use, device_use, group_holders, group_is_free};
 pub use plan::{NodePlan, Part, PlannedDevice};
 pub use transition::{DeviceDone, DeviceOutcome, Milestone, NodeOutcome, Observer, Progress, Transaction};

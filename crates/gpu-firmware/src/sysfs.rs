@@ -14,15 +14,15 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use crate::access::{BackEnd, Bar0, Reset};
+use crate::access::{Access, BackEnd, Bar0, Reset};
 use crate::clock::{Clock, Wait, millis};
-use crate::error::Fault;
+use crate::error::{Fault, methods_text};
 use crate::mmap::MappedBar0;
 use crate::ownership::OwnedDevice;
 
 /// How long a reset may take. The kernel itself waits up to 60 s for a function to answer after FLR (gpu-cc-protocol
 /// section 7.1), and longer, trying other ways, when it never does (virtual-gpu-rig section 6, fact 7).
-const RESET_TIMEOUT: Duration = Duration::from_secs(65);
+pub(crate) const RESET_TIMEOUT: Duration = Duration::from_secs(65);
 
 /// How long waking up may take: link training after D3cold included.
 const WAKE: Wait = Wait::new(Duration::from_secs(10), Duration::from_millis(10));
@@ -35,6 +35,9 @@ const COMMAND: u64 = 0x04;
 
 /// COMMAND: the function answers memory accesses.
 const COMMAND_MEMORY: u16 = 0x2;
+
+/// The kernel's word for a reset of the bus that the device is alone on.
+const BUS: &str = "bus";
 
 /// Most that is read of a text file in sysfs.
 const TEXT_LIMIT: u64 = 4096;
@@ -60,37 +63,8 @@ impl SysfsBackEnd {
         let driver = function.driver.clone();
         let path = folder.join("config");
         let config = File::open(&path).map_err(|error| Fault::from_io("open", &path, &error))?;
-        let guard = Arc::new(Guard { folder: folder.clone(), changed: Mutex::default(), device });
-        let back = Self { folder, bar0, driver, config, guard, abandoned: false };
-        back.wake(clock)?;
-        Ok(back)
-    }
-
-    /// Pins the device's power on and waits until it is active.
-    fn wake(&self, clock: &dyn Clock) -> Result<(), Fault> {
-        let path = self.folder.join("power/control");
-        let Some(before) = read_text(&path)? else { return Ok(()) };
-        let status_path = self.folder.join("power/runtime_status");
-        let asleep = read_text(&status_path)?.is_some_and(|status| status != "active");
-        if before != "on" {
-            self.guard.changed().power_control = Some(before);
-            // The write resumes the device and takes its lock, which a reset under way may hold.
-            let written = bounded_write(path.clone(), "on", WAKE.timeout, Arc::clone(&self.guard));
-            written.map_err(|error| file_fault("write", &path, error))?;
-        }
-        let mut last = String::new();
-        let awake = WAKE.poll(clock, || {
-            last = read_text(&status_path)?.unwrap_or_default();
-            // No word, or no runtime power management: it is always on.
-            Ok(matches!(last.as_str(), "active" | "unsupported" | "").then_some(()))
-        })?;
-        if awake.is_none() {
-            return Err(Fault::PowerStuck { status: last, waited_ms: millis(WAKE.timeout) });
-        }
-        if asleep {
-            clock.sleep(D0_SETTLE);
-        }
-        Ok(())
+        let guard = Guard::awake(device, clock)?;
+        Ok(Self { folder, bar0, driver, config, guard, abandoned: false })
     }
 
     /// Sets COMMAND's memory bit if it is not set.
@@ -108,7 +82,7 @@ impl SysfsBackEnd {
     }
 
     fn reset_methods(&self) -> String {
-        read_text(&self.folder.join("reset_method")).ok().flatten().unwrap_or_default()
+        reset_methods(&self.folder)
     }
 
     fn reset_within(&mut self, timeout: Duration) -> Result<(), Fault> {
@@ -126,6 +100,32 @@ impl SysfsBackEnd {
             Err(error @ WriteError::NoThread(_)) => Err(file_fault("write", &path, error)),
         }
     }
+
+    fn bus_reset_within(&mut self, timeout: Duration) -> Result<(), Fault> {
+        let before = self.reset_methods();
+        if !before.split_whitespace().any(|method| method == BUS) {
+            let reason = format!("the kernel offers none for it (reset methods: {})", methods_text(&before));
+            return Err(Fault::BusResetUnavailable { reason });
+        }
+        let path = self.folder.join("reset_method");
+        self.guard.changed().reset_method = Some(before);
+        // The kernel takes the method only if nobody else is on the bus.
+        match bounded_write(path.clone(), BUS, WAKE.timeout, Arc::clone(&self.guard)) {
+            Ok(()) => {}
+            Err(WriteError::Io(error)) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {
+                self.guard.changed().reset_method = None;
+                let reason = "the kernel refuses it: other devices are on its bus".into();
+                return Err(Fault::BusResetUnavailable { reason });
+            }
+            Err(error) => return Err(file_fault("write", &path, error)),
+        }
+        let result = self.reset_within(timeout);
+        // While the kernel is still at it the guard puts the method back, when it is done.
+        if !self.abandoned {
+            self.guard.restore_reset_method();
+        }
+        result
+    }
 }
 
 impl Reset for SysfsBackEnd {
@@ -133,9 +133,18 @@ impl Reset for SysfsBackEnd {
         self.guard.device.changed()?;
         self.reset_within(RESET_TIMEOUT)
     }
+
+    fn bus_reset(&mut self) -> Result<(), Fault> {
+        self.guard.device.changed()?;
+        self.bus_reset_within(RESET_TIMEOUT)
+    }
 }
 
 impl BackEnd for SysfsBackEnd {
+    fn access(&self) -> Access {
+        Access::Sysfs
+    }
+
     fn config32(&self, offset: u16) -> Result<u32, Fault> {
         if self.abandoned {
             return Err(Fault::ResetTimeout { waited_ms: millis(RESET_TIMEOUT) });
@@ -154,8 +163,13 @@ impl BackEnd for SysfsBackEnd {
     }
 }
 
+/// Text of `reset_method`; empty when there is none.
+pub(crate) fn reset_methods(folder: &Path) -> String {
+    read_text(&folder.join("reset_method")).ok().flatten().unwrap_or_default()
+}
+
 /// Puts back what was changed, and keeps the device owned until then.
-struct Guard {
+pub(crate) struct Guard {
     folder: PathBuf,
     changed: Mutex<Changed>,
     device: OwnedDevice,
@@ -167,9 +181,54 @@ struct Changed {
     power_control: Option<String>,
     /// Whether memory decoding was off before.
     memory_was_off: bool,
+    /// Text of `reset_method` before.
+    reset_method: Option<String>,
 }
 
 impl Guard {
+    /// Pins the device's power on and waits until it is active.
+    pub(crate) fn awake(device: OwnedDevice, clock: &dyn Clock) -> Result<Arc<Self>, Fault> {
+        let folder = device.folder();
+        let path = folder.join("power/control");
+        let status_path = folder.join("power/runtime_status");
+        let guard = Arc::new(Self { folder, changed: Mutex::default(), device });
+        let Some(before) = read_text(&path)? else { return Ok(guard) };
+        let asleep = read_text(&status_path)?.is_some_and(|status| status != "active");
+        if before != "on" {
+            guard.changed().power_control = Some(before);
+            // The write resumes the device and takes its lock, which a reset under way may hold.
+            let written = bounded_write(path.clone(), "on", WAKE.timeout, Arc::clone(&guard));
+            written.map_err(|error| file_fault("write", &path, error))?;
+        }
+        let mut last = String::new();
+        let awake = WAKE.poll(clock, || {
+            last = read_text(&status_path)?.unwrap_or_default();
+            // No word, or no runtime power management: it is always on.
+            Ok(matches!(last.as_str(), "active" | "unsupported" | "").then_some(()))
+        })?;
+        if awake.is_none() {
+            return Err(Fault::PowerStuck { status: last, waited_ms: millis(WAKE.timeout) });
+        }
+        if asleep {
+            clock.sleep(D0_SETTLE);
+        }
+        Ok(guard)
+    }
+
+    /// The device that is kept owned.
+    pub(crate) fn device(&self) -> &OwnedDevice {
+        &self.device
+    }
+
+    fn restore_reset_method(&self) {
+        let Some(text) = self.changed().reset_method.take() else { return };
+        let path = self.folder.join("reset_method");
+        if let Err(error) = write_text(&path, &text) {
+            let device = self.device.bdf();
+            tracing::warn!(%device, path = %path.display(), %error, "cannot put back the reset methods {text:?}");
+        }
+    }
+
     fn changed(&self) -> std::sync::MutexGuard<'_, Changed> {
         self.changed.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -177,6 +236,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        self.restore_reset_method();
         let changed = std::mem::take(self.changed.get_mut().unwrap_or_else(PoisonError::into_inner));
         let device = self.device.bdf();
         if changed.memory_was_off {
@@ -201,7 +261,7 @@ impl Drop for Guard {
 }
 
 /// Why a write has no good end.
-enum WriteError {
+pub(crate) enum WriteError {
     /// It has not ended yet.
     Late,
     /// The kernel's answer.
@@ -211,21 +271,52 @@ enum WriteError {
 }
 
 /// Writes on a thread of its own, and waits for it until `timeout`. A write that is late goes on: only the kernel can end
-/// it. Its thread keeps `guard`, so that the device stays owned until then.
-fn bounded_write(path: PathBuf, text: &'static str, timeout: Duration, guard: Arc<Guard>) -> Result<(), WriteError> {
+/// it. Its thread keeps `kept`, so that the device stays owned until then.
+pub(crate) fn bounded_write<K: Send + 'static>(
+    path: PathBuf,
+    text: impl AsRef<str> + Send + 'static,
+    timeout: Duration,
+    kept: K,
+) -> Result<(), WriteError> {
+    match bounded("sysfs write", timeout, kept, move || write_text(&path, text.as_ref())) {
+        Ok(result) => result.map_err(WriteError::Io),
+        Err(Unfinished::Late) => Err(WriteError::Late),
+        Err(Unfinished::NoThread(error)) => Err(WriteError::NoThread(error)),
+        Err(Unfinished::Panicked) => Err(WriteError::Io(io::Error::other("the writing thread panicked"))),
+    }
+}
+
+/// Why something that was begun on a thread of its own has no result.
+#[derive(Debug)]
+pub(crate) enum Unfinished {
+    /// It goes on.
+    Late,
+    /// There was no thread to do it.
+    NoThread(io::Error),
+    /// It panicked.
+    Panicked,
+}
+
+/// Does something that the kernel may take long for on a thread of its own, and waits for it until `timeout`. When that is
+/// late it goes on, for only the kernel can end it. The thread keeps `kept` until then.
+pub(crate) fn bounded<K: Send + 'static, T: Send + 'static>(
+    name: &str,
+    timeout: Duration,
+    kept: K,
+    act: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Unfinished> {
     let (sender, receiver) = mpsc::channel();
-    let write = move || {
-        let result = write_text(&path, text);
+    let work = move || {
+        let result = act();
         // First let go of the device, so that the waiter is its last owner.
-        drop(guard);
+        drop(kept);
         let _ = sender.send(result);
     };
-    std::thread::Builder::new().name("sysfs write".into()).spawn(write).map_err(WriteError::NoThread)?;
-    match receiver.recv_timeout(timeout) {
-        Ok(result) => result.map_err(WriteError::Io),
-        Err(RecvTimeoutError::Timeout) => Err(WriteError::Late),
-        Err(RecvTimeoutError::Disconnected) => Err(WriteError::Io(io::Error::other("the writing thread panicked"))),
-    }
+    std::thread::Builder::new().name(name.into()).spawn(work).map_err(Unfinished::NoThread)?;
+    receiver.recv_timeout(timeout).map_err(|error| match error {
+        RecvTimeoutError::Timeout => Unfinished::Late,
+        RecvTimeoutError::Disconnected => Unfinished::Panicked,
+    })
 }
 
 fn write_text(path: &Path, text: &str) -> io::Result<()> {
@@ -238,7 +329,7 @@ fn write_command(path: &Path, command: u16) -> io::Result<()> {
 }
 
 /// A text file of sysfs, without white space around; none when there is no such file.
-fn read_text(path: &Path) -> Result<Option<String>, Fault> {
+pub(crate) fn read_text(path: &Path) -> Result<Option<String>, Fault> {
     let mut bytes = Vec::new();
     match File::open(path).and_then(|file| file.take(TEXT_LIMIT).read_to_end(&mut bytes)) {
         Ok(_) => Ok(Some(String::from_utf8_lossy(&bytes).trim().to_owned())),
@@ -247,7 +338,7 @@ fn read_text(path: &Path) -> Result<Option<String>, Fault> {
     }
 }
 
-fn file_fault(action: &'static str, path: &Path, error: WriteError) -> Fault {
+pub(crate) fn file_fault(action: &'static str, path: &Path, error: WriteError) -> Fault {
     match error {
         WriteError::Late => Fault::Io { action, path: path.to_owned(), errno: Errno::ETIMEDOUT as i32 },
         WriteError::Io(error) => Fault::from_io(action, path, &error),
@@ -255,7 +346,7 @@ fn file_fault(action: &'static str, path: &Path, error: WriteError) -> Fault {
     }
 }
 
-fn config_fault(path: &Path, error: &io::Error) -> Fault {
+pub(crate) fn config_fault(path: &Path, error: &io::Error) -> Fault {
     if error.kind() == io::ErrorKind::UnexpectedEof {
         // Without rights the kernel shows 64 bytes only (gpu-cc-protocol section 1.2).
         return Fault::PermissionDenied { path: path.to_owned(), errno: Errno::EACCES as i32 };
@@ -353,12 +444,55 @@ mod tests {
     }
 
     #[test]
+    fn a_bus_reset_is_asked_for_by_its_name_and_the_methods_are_put_back() {
+        let tree = Tree::new();
+        let function = gpu(&tree);
+        let folder = tree.places.root.function(function.bdf);
+        let methods = || fs::read_to_string(folder.join("reset_method")).unwrap();
+        let mut back = open(&tree, &function).unwrap();
+        back.bus_reset().unwrap();
+        assert_eq!((methods(), fs::read_to_string(folder.join("reset")).unwrap()), ("flr bus\n".into(), "1".into()));
+
+        // Opening a pipe for writing waits for a reader. A reset that does not end keeps the method until it does.
+        fs::remove_file(folder.join("reset")).unwrap();
+        nix::unistd::mkfifo(&folder.join("reset"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(back.bus_reset_within(Duration::from_millis(20)), Err(Fault::ResetTimeout { waited_ms: 20 }));
+        // A plain file keeps what follows the text written over its start; sysfs does not.
+        assert_eq!(methods(), "bus bus\n");
+        drop(back);
+        assert_eq!(methods(), "bus bus\n");
+        assert_eq!(fs::read_to_string(folder.join("reset")).unwrap(), "1");
+        while methods() != "flr bus\n" {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_bus_reset_that_the_kernel_does_not_offer_is_not_tried() {
+        for methods in ["flr", "flr cxl_bus", ""] {
+            let tree = Tree::new();
+            let function = gpu(&tree);
+            let _ = tree.sysfs.get(function.bdf).reset_methods(methods);
+            let mut back = open(&tree, &function).unwrap();
+            let fault = back.bus_reset().unwrap_err();
+            assert_eq!(fault.code(), "BusResetUnavailable");
+            let named = if methods.is_empty() { "none" } else { methods };
+            assert!(fault.to_string().contains(named), "{fault}");
+            if !methods.is_empty() {
+                assert_eq!(tree.sysfs.get(function.bdf).read("reset"), "");
+                assert_eq!(tree.sysfs.get(function.bdf).read("reset_method"), format!("{methods}\n"));
+            }
+        }
+    }
+
+    #[test]
     fn a_device_that_is_no_longer_ours_is_not_reset() {
         let tree = Tree::new();
         let function = gpu(&tree);
         let mut back = open(&tree, &function).unwrap();
         let _ = tree.sysfs.get(function.bdf).driver("nvidia");
         assert_eq!(back.reset().unwrap_err().code(), "OwnershipChanged");
+        assert_eq!(back.bus_reset().unwrap_err().code(), "OwnershipChanged");
         assert_eq!(fs::read_to_string(tree.places.root.function(function.bdf).join("reset")).unwrap(), "");
     }
 

@@ -199,6 +199,7 @@ impl Transaction<'_> {
         let verified = parallel(devices, |bdf, owned: &OwnedDevice| {
             let mut device = Device::open(owned)?;
             let Observed { effective, knobs, .. } = device.verify(target)?;
+            device.release()?;
             observer.progress(&Progress { bdf, at: SystemTime::now(), what: Milestone::Verified });
             done(&device, target, effective, knobs, Vec::new(), false, start)
         });
@@ -233,7 +234,9 @@ where
             reset(&mut device, &tell)?;
             Observed { effective, knobs, .. } = device.verify(target)?;
         }
-        // Without a reset, staging has read the effective mode and every knob of the target, and found them right.
+        // Without a reset, staging has read the effective mode and every knob of the target, and found them right. Closing
+        // an opened device resets it once more; it must have come back before anybody calls it verified.
+        device.release()?;
         tell(Milestone::Verified);
         done(&device, target, effective, knobs, written, reset_needed, start)
     };
@@ -317,7 +320,7 @@ fn reset(device: &mut Device, tell: &dyn Fn(Milestone)) -> Result<(), Error> {
 }
 
 /// Does `act` with all items at once, each on a thread of its own, and returns what came of each, in order.
-fn parallel<I: Send, T: Send>(
+pub(crate) fn parallel<I: Send, T: Send>(
     items: Vec<(Bdf, I)>,
     act: impl Fn(Bdf, I) -> Result<T, Error> + Sync,
 ) -> Vec<(Bdf, Result<T, Error>)> {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use gpu_firmware::{BackEnd, Bar0, Clock, Device, Effective, Error, Fault, Mode, Reset};
+use gpu_firmware::{Access, BackEnd, Bar0, Clock, Device, Effective, Error, Fault, Mode, Reset};
 use hw_probe::testing::FakeSysfs;
 use hw_probe::{Inventory, PciFunction};
 use lab_devices::model::ModelEvent;
@@ -142,6 +142,10 @@ impl Reset for Gpu {
 }
 
 impl BackEnd for Gpu {
+    fn access(&self) -> Access {
+        Access::Sysfs
+    }
+
     fn config32(&self, offset: u16) -> Result<u32, Fault> {
         Ok(self.read(Space::Config, offset.into()))
     }
