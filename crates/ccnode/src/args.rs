@@ -27,6 +27,12 @@ pub enum Command {
     /// Reads only, as `probe` does; besides, the kubelet is asked for a pod that does not exist. Ends with 0 when no check failed,
     /// with 1 when one did, with 2 when the checks could not run.
     Doctor(DoctorArgs),
+    /// Show, plan and change the confidential-computing mode of GPUs and NVSwitches, without Kubernetes.
+    Mode {
+        /// What to do.
+        #[command(subcommand)]
+        command: crate::mode::args::ModeCommand,
+    },
     /// Print the completion script for a shell.
     Completions {
         /// The shell.

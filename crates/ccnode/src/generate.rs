@@ -14,14 +14,17 @@ pub(crate) fn completions(shell: clap_complete::Shell, out: &mut impl Write) -> 
     Ok(out.write_all(&script)?)
 }
 
-/// The manual page of the command and, one after the other, of each of its subcommands.
+/// The manual page of the command and, one after the other, of each of its subcommands and theirs.
 pub(crate) fn man(out: &mut impl Write) -> anyhow::Result<()> {
     let mut command = Args::command().disable_help_subcommand(true);
     command.build();
     let mut page = Vec::new();
-    clap_mangen::Man::new(command.clone()).render(&mut page)?;
-    for part in command.get_subcommands().filter(|part| !part.is_hide_set()) {
+    let mut waiting = vec![&command];
+    while let Some(part) = waiting.pop() {
         clap_mangen::Man::new(part.clone()).render(&mut page)?;
+        let mut below: Vec<&clap::Command> = part.get_subcommands().filter(|part| !part.is_hide_set()).collect();
+        below.reverse();
+        waiting.append(&mut below);
     }
     Ok(out.write_all(&page)?)
 }

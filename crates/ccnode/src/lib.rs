@@ -1,7 +1,7 @@
 //! Command line for people: what a node is, and why it is not ready.
 //!
-//! Every command reads only: it opens no device, wakes none and resets none, so it is safe beside running virtual
-//! machines.
+//! Every command but `mode` reads only: it opens no device, wakes none and resets none, so it is safe beside running virtual
+//! machines. `mode get` and `mode plan` do so unless they are told to own the devices; `mode set` changes them.
 
 #![forbid(unsafe_code)]
 
@@ -9,6 +9,7 @@ pub mod args;
 pub mod checks;
 pub mod doctor;
 mod generate;
+pub mod mode;
 pub mod nfd;
 pub mod node;
 pub mod pod_resources;
@@ -24,18 +25,19 @@ use args::{Args, Command};
 /// The command did what it was asked, and nothing failed.
 pub const SUCCESS: u8 = 0;
 
-/// The command could not be carried out; of `doctor`: a check failed.
+/// The command could not be carried out; of `doctor` and `mode`: a check or a device failed.
 pub const FAILED: u8 = 1;
 
-/// Of `doctor`: the checks could not run. Wrong command lines end with this, too.
+/// Of `doctor` and `mode`: nothing could be done. Wrong command lines end with this, too.
 pub const COULD_NOT_RUN: u8 = 2;
 
 /// Runs one command; its answer goes to `out`, in colour if wanted, warnings and errors go to `notes`. Returns the exit code.
-pub fn run(args: &Args, out: &mut impl Write, notes: &mut impl Write, colour: bool) -> u8 {
+pub fn run(args: &Args, out: &mut impl Write, notes: &mut (impl Write + Send), colour: bool) -> u8 {
     let Args { command } = args;
     let (result, otherwise) = match command {
         Command::Probe(args) => (probe::run(args, out, notes).map(|()| SUCCESS), FAILED),
         Command::Doctor(args) => (doctor::run(args, out, colour), COULD_NOT_RUN),
+        Command::Mode { command } => (mode::run(command, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),
         Command::Completions { shell } => (generate::completions(*shell, out).map(|()| SUCCESS), FAILED),
         Command::Man => (generate::man(out).map(|()| SUCCESS), FAILED),
     };

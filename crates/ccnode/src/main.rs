@@ -10,5 +10,5 @@ fn main() -> ExitCode {
     let args = ccnode::args::Args::parse();
     let out = io::stdout();
     let colour = out.is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    ccnode::run(&args, &mut out.lock(), &mut io::stderr().lock(), colour).into()
+    ccnode::run(&args, &mut out.lock(), &mut io::stderr(), colour).into()
 }

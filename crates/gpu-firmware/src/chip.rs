@@ -59,6 +59,14 @@ pub struct Chip {
     pub(crate) optional: &'static [Knob],
 }
 
+impl Chip {
+    /// The mode that the value of the chip's status register means (gpu-cc-protocol section 3). The caller has seen to it
+    /// that it is no error word.
+    pub fn effective(&self, status: u32) -> Effective {
+        (self.decode)(status)
+    }
+}
+
 /// A register and how its value is understood.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Recovery {
@@ -273,6 +281,12 @@ impl Support {
             (_, _, Enable::WithBmsai) => "confidential computing cannot be enabled on models with NVLink-C2C",
         };
         Err(Fault::Unsupported { model: self.model.clone(), reason })
+    }
+
+    /// Whether the model leaves it to the firmware whether the device can be brought to `mode`
+    /// ([`Device::can_be`](crate::Device::can_be)).
+    pub fn depends_on_firmware(&self, mode: Mode) -> bool {
+        self.enable == Enable::WithBmsai && matches!(mode, Mode::On | Mode::Devtools)
     }
 
     /// Whether a device that shows this status word can be brought to `mode`: what the model alone does not tell.

@@ -140,6 +140,16 @@ impl Device {
         permissions.map(|knob| self.knob_state(knob).map_err(|fault| self.fail(fault))).collect()
     }
 
+    /// Whether the device can be brought to `mode`: its model tells, and for some its status register. Changes nothing.
+    pub fn can_be(&mut self, mode: Mode) -> Result<(), Error> {
+        let check = |device: &mut Self| {
+            let mode = device.support.target(mode)?;
+            let status = device.status()?;
+            device.support.allows(mode, status)
+        };
+        check(self).map_err(|fault| self.fail(fault))
+    }
+
     /// Brings the knobs to those of `mode`, the device's own, writing only what differs, each write followed by reading it
     /// back. The mode takes effect at the next reset.
     ///

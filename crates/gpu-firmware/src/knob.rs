@@ -153,6 +153,25 @@ pub fn steps(chip: &Chip, target: Mode) -> Vec<Step> {
     steps
 }
 
+/// Why a change to `target`, a mode of a device of its own, gives `knob` the value `to`, for people.
+pub fn reason(target: Mode, knob: Knob, to: u16) -> &'static str {
+    match (knob, to, target) {
+        (Knob::CCM, 0, Mode::Ppcie) | (Knob::PPCIE, 0, Mode::On | Mode::Devtools) => {
+            "confidential computing and protected PCIe exclude each other"
+        }
+        (Knob::CCM, 0, _) => "turns confidential computing off",
+        (Knob::CCM, _, _) => "turns confidential computing on",
+        (Knob::PPCIE, 0, _) => "turns protected PCIe off",
+        (Knob::PPCIE, _, _) => "turns protected PCIe on, last of all",
+        (Knob::CCD, 0, _) => "closes the developer's tools",
+        (Knob::CCD, _, _) => "opens the developer's tools",
+        (Knob::BAR0_DECOUPLER, 0, _) => "takes the filter before BAR0 away: this mode has none",
+        (Knob::BAR0_DECOUPLER, _, _) => "puts the filter before BAR0 in place, as this mode has it",
+        (Knob::K2 | Knob::K4 | Knob::K34, 0, _) => "has no name; is 0 with confidential computing or protected PCIe",
+        _ => "belongs to this mode",
+    }
+}
+
 /// The knobs that make up `target` on `chip`, and their values.
 pub fn vector(chip: &Chip, target: Mode) -> Vec<(Knob, u16)> {
     steps(chip, target).into_iter().filter_map(|step| Some((step.knob, step.value?))).collect()
@@ -332,6 +351,19 @@ mod tests {
         }
         // Chips by their vectors and modes: 2^6 * 3 * 4, 2 * (2^2 * 3), 2^6 * 3 * 2.
         assert_eq!(transitions, 768 + 24 + 384);
+    }
+
+    #[test]
+    fn every_step_has_a_reason_of_its_own() {
+        for (chip, mode) in CHIPS.into_iter().flat_map(|chip| modes(chip).into_iter().map(move |mode| (chip, mode))) {
+            for (knob, to) in vector(chip, mode) {
+                assert_ne!(reason(mode, knob, to), "belongs to this mode", "{} {mode} {knob}", chip.name);
+            }
+        }
+        assert_eq!(reason(Mode::On, Knob::CCM, 1), "turns confidential computing on");
+        for (target, knob) in [(Mode::On, Knob::PPCIE), (Mode::Ppcie, Knob::CCM)] {
+            assert!(reason(target, knob, 0).contains("exclude each other"));
+        }
     }
 
     #[test]

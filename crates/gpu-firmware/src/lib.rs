@@ -62,7 +62,7 @@ pub use chip::{Chip, GB10X, GB20X, GH100, LS10, Support};
 pub use clock::{Clock, SystemClock};
 pub use device::{Device, Observed, Staged};
 pub use error::{Error, Fault, Holder};
-pub use knob::{Knob, KnobState, KnobWrite, Step, configured, forbidden, matches, steps, vector};
+pub use knob::{Knob, KnobState, KnobWrite, Step, configured, forbidden, matches, reason, steps, vector};
 pub use lock::DeviceLock;
 pub use mode::{Effective, Mode, ModeError};
 pub use ownership::{Hold, OwnedDevice, Ownership, Places, Refused, Use, device_use, group_holders, group_is_free};
