@@ -283,6 +283,14 @@ fn modules_can_wait_for_modprobe() {
 }
 
 #[test]
+fn a_guest_whose_clock_is_behind_gets_its_hosts_time() {
+    let Some(builder) = builder(Kernel::Iommufd, "h100x2") else { return };
+    // The host says that it is 2100; the first word counts.
+    let guest = boot(builder.append("lab.time=4102444800"));
+    assert_eq!(text(&guest, "date -u +%Y"), "2100");
+}
+
+#[test]
 fn lockdown_still_loads_our_modules() {
     let Some(builder) = builder(Kernel::Iommufd, "h100x2") else { return };
     let guest = boot(builder.append("lockdown=integrity"));
