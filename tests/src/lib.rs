@@ -8,9 +8,10 @@
 
 use std::collections::BTreeSet;
 use std::env;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use lab::node::{CC_MODE_STATE, CC_READY_STATE, NODE};
 use lab::{Boot, Node};
 use lab_devices::{Kind, TraceEvent, trace};
 use lab_vm::{Artifacts, Cache, Wanted};
@@ -62,17 +63,20 @@ pub fn node_with(topology: &str, labels: &[(&str, &str)], change: impl FnOnce(&m
 pub const MODE_BITS: u32 = 0x23;
 
 /// What a GH100 is when it is in a mode: the status register, and the knobs 45, 10, 8 and 6 (gpu-cc-protocol section 6.1).
-pub fn expected(mode: &str) -> (u32, [(u16, u16); 4]) {
-    match mode {
+///
+/// An error for what is no mode: a node that says `failed` may not pass for one that is off.
+pub fn expected(mode: &str) -> Result<(u32, [(u16, u16); 4])> {
+    Ok(match mode {
         "on" => (0x01, [(45, 0), (10, 2), (8, 1), (6, 0)]),
         "devtools" => (0x03, [(45, 0), (10, 0), (8, 1), (6, 1)]),
-        _ => (0x00, [(45, 0), (10, 0), (8, 0), (6, 0)]),
-    }
+        "off" => (0x00, [(45, 0), (10, 0), (8, 0), (6, 0)]),
+        other => bail!("{other:?} is no mode that a GPU can be in"),
+    })
 }
 
 /// Every virtual GPU has booted in `mode`, its knobs say so too, and nobody spoke to it against the protocol.
 pub fn registers_say(node: &Node, mode: &str) -> Result<()> {
-    let (word, knobs) = expected(mode);
+    let (word, knobs) = expected(mode)?;
     for name in node.gpus() {
         let status = node.device(&name)?;
         ensure!(
@@ -90,6 +94,56 @@ pub fn registers_say(node: &Node, mode: &str) -> Result<()> {
         ensure!(status.stray_count == 0, "{name}: accesses to registers that are none: {:x?}", status.stray);
         ensure!(status.host_error_count == 0, "{name}: breaches of the protocol: {:?}", status.host_errors);
     }
+    Ok(())
+}
+
+/// Every access to every virtual device since the trace was last cleared; an error if some were not kept.
+pub fn whole_trace(node: &Node) -> Result<Vec<TraceEvent>> {
+    ensure!(!node.guest.fleet().trace_overflowed(), "the trace is not whole");
+    Ok(node.trace())
+}
+
+/// At no moment did the node object promise what a device did not keep: whenever the ready state was `"true"` or
+/// `"false"`, every GPU had last booted in the mode that the state label named. Needs the trace of the whole run.
+pub fn the_labels_never_lied(node: &Node) -> Result<()> {
+    let (now, trace_now, trace) = (Instant::now(), node.guest.fleet().micros(), whole_trace(node)?);
+    let mut looked_at = 0;
+    for entry in node.api.history(NODE) {
+        let label = |key: &str| entry.labels.get(key).map(String::as_str).unwrap_or_default();
+        if label(CC_READY_STATE).is_empty() {
+            continue;
+        }
+        let age = u64::try_from(now.saturating_duration_since(entry.at).as_micros())?;
+        let at = trace_now.saturating_sub(age);
+        for name in node.gpus() {
+            let booted = trace
+                .iter()
+                .rfind(|event| event.kind == Kind::Ready && *event.device == name[..] && event.micros <= at);
+            let word = booted.with_context(|| format!("{name} has never booted"))?.value;
+            let wanted = expected(label(CC_MODE_STATE)).with_context(|| format!("{:?}", entry.labels))?.0;
+            ensure!(
+                word & u64::from(MODE_BITS) == u64::from(wanted),
+                "{:?} while {name} runs with {word:#x}",
+                entry.labels
+            );
+            looked_at += 1;
+        }
+    }
+    ensure!(looked_at > 0, "the node was never ready");
+    Ok(())
+}
+
+/// The CDI file of the GPUs is, to the letter, the one of operator-contract section 7.7: every GPU, by its address, with
+/// the device nodes that `nodes` names.
+pub fn the_cdi_file_is(node: &Node, nodes: impl Fn(&str) -> Result<Vec<String>>) -> Result<()> {
+    let device = |bdf: &String| -> Result<String> {
+        let nodes: String = nodes(bdf)?.iter().map(|path| format!("            - path: {path}\n")).collect();
+        Ok(format!("    - name: \"{bdf}\"\n      containerEdits:\n        deviceNodes:\n{nodes}"))
+    };
+    let devices: String = gpu_bdfs(node)?.iter().map(device).collect::<Result<_>>()?;
+    let wanted = format!("---\ncdiVersion: 0.5.0\nkind: {PGPU}\ndevices:\n{devices}");
+    let text = String::from_utf8(node.guest.get_file("/var/run/cdi/nvidia.com-pgpu.yaml")?)?;
+    ensure!(text == wanted, "the CDI file is\n{text}\nand not\n{wanted}");
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use e2e::{CHANGE, PGPU, STEP, gpu_bdfs, node_with, registers_say};
+use e2e::{CHANGE, PGPU, STEP, exchanges, gpu_bdfs, node_with, registers_say, the_labels_never_lied, whole_trace};
 use lab::Boot;
 use lab::node::CC_MODE;
 use lab_devices::Kind;
@@ -20,19 +20,26 @@ fn eight_gpus_are_reset_in_parallel_and_offered_with_their_numa_nodes() -> Resul
     node.start_all()?;
     node.await_state("off", "false", CHANGE)?;
     node.await_allocatable(PGPU, 8, STEP)?;
-    node.guest.fleet().clear_trace();
+    let begun = node.guest.fleet().micros();
     node.ask_for("on")?;
     node.await_state("on", "true", CHANGE)?;
     registers_say(&node, "on")?;
+    the_labels_never_lied(&node)?;
 
-    let trace = node.trace();
+    let mut trace = whole_trace(&node)?;
+    // A switch of a node with CC is off, as it has been since it was made; that was verified, and nothing was set.
+    for switch in (0..4).map(|number| format!("nvswitch{number}")) {
+        let said = exchanges(&trace, &switch);
+        assert!(!said.is_empty() && said.iter().all(|word| word.ends_with("020C->0")), "{switch}: {said:?}");
+        let was_reset = trace.iter().any(|event| event.kind == Kind::Flr && *event.device == switch[..]);
+        assert!(!was_reset, "{switch} was reset");
+    }
+    trace.retain(|event| event.micros >= begun);
     let of = |kind: Kind| trace.iter().filter(move |event| event.kind == kind && event.device.starts_with("gpu"));
     assert_eq!(of(Kind::Flr).count(), 8, "one reset each");
     let last_reset = of(Kind::Flr).map(|event| event.micros).max().context("no reset")?;
     let first_boot = of(Kind::Ready).map(|event| event.micros).min().context("no boot")?;
     assert!(last_reset < first_boot, "the last reset began {} us after a device had booted", last_reset - first_boot);
-    // The switches have no mode to change: nobody spoke to them.
-    assert!(trace.iter().all(|event| !event.device.starts_with("nvsw") || event.kind != Kind::Rpc));
 
     node.await_allocatable(PGPU, 8, STEP)?;
     let dump = node.kubelet()?;

@@ -1,24 +1,25 @@
 //! What goes wrong is told as it is, and never as a mode that a device is not in.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, PGPU, STEP, node, registers_say};
+use e2e::{CHANGE, MODE_BITS, PGPU, STEP, expected, node, registers_say, the_labels_never_lied};
 use lab::Node;
-use lab::node::{Agent, CC_MODE, CC_MODE_STATE, CC_READY_STATE, NODE};
+use lab::node::{Agent, CC_MODE, CC_MODE_STATE, CC_READY_STATE, NODE, field};
 use lab_devices::Fault;
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 fn all_run(node: &Node) -> Result<()> {
     ensure!(node.agents().iter().all(Agent::is_running), "an agent ended\n{}", node.logs());
     Ok(())
 }
 
+/// Waits for a line of an agent that has all of these words: a log comes a moment after the labels.
 fn log_has(node: &Node, agent: &str, words: &[&str]) -> Result<()> {
-    let log = node.agent(agent)?.log();
-    let found = log.iter().any(|(_, line)| words.iter().all(|word| line.contains(word)));
-    ensure!(found, "no line of {agent} has all of {words:?}\n{}", node.logs());
-    Ok(())
+    let has_line = |text: &str| text.lines().any(|line| words.iter().all(|word| line.contains(word)));
+    let found = node.agent(agent)?.process.wait_output(STEP, has_line);
+    found.with_context(|| format!("no line of {agent} has all of {words:?}\n{}", node.logs()))
 }
 
 #[test]
@@ -49,6 +50,55 @@ fn a_gpu_that_never_boots_ends_in_failed_and_recovers() -> Result<()> {
     node.await_state("on", "true", CHANGE)?;
     registers_say(&node, "on")?;
     node.await_allocatable(PGPU, 2, STEP)
+}
+
+/// How often cc-manager has said of a device that it failed, and for this reason.
+fn failures(node: &Node, bdf: &str, code: &str) -> Result<usize> {
+    let failed = node.agent("cc-manager")?.events("device_failed");
+    let is_it = |line: &Value| field(line, "device") == Some(bdf) && field(line, "code") == Some(code);
+    Ok(failed.iter().filter(|(_, line)| is_it(line)).count())
+}
+
+#[test]
+fn replies_that_are_missing_late_short_or_mistyped_are_failures_and_change_nothing() -> Result<()> {
+    let Some(mut node) = node("h100x2", &[(CC_MODE, "off")])? else { return Ok(()) };
+    node.start_all()?;
+    node.await_state("off", "false", CHANGE)?;
+    let bdf = node.guest.bdf("gpu1")?;
+    let mut was = "off";
+    for (fault, code, mode, ready) in [
+        (Fault::FspNoReply, "FspNoResponse", "on", "true"),
+        // Firmware has 5 s to answer (gpu-cc-protocol section 9).
+        (Fault::FspLateReply(8000), "FspNoResponse", "off", "false"),
+        (Fault::FspShortReply, "FspProtocol", "on", "true"),
+        (Fault::FspMistypedReply, "FspProtocol", "off", "false"),
+    ] {
+        let (what, seen) = (format!("{fault} on the way to {mode}"), failures(&node, &bdf, code)?);
+        node.guest.fleet().set_fault("gpu1", fault)?;
+        node.ask_for(mode)?;
+        node.await_state("failed", "", CHANGE).with_context(|| what.clone())?;
+        let deadline = Instant::now() + STEP;
+        while failures(&node, &bdf, code)? <= seen {
+            ensure!(Instant::now() < deadline, "{what}: {code} is not said of {bdf}\n{}", node.logs());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // The healthy one is in the new mode and offered; the other one is in its old mode, and is not.
+        node.await_allocatable(PGPU, 1, STEP).with_context(|| what.clone())?;
+        for (name, mode) in [("gpu0", mode), ("gpu1", was)] {
+            let (device, (word, knobs)) = (node.device(name)?, expected(mode)?);
+            assert_eq!(device.status_word & MODE_BITS, word, "{what}: {name}");
+            for (knob, value) in knobs {
+                assert_eq!(device.knobs.get(&knob), Some(&value), "{what}: {name}: knob {knob}");
+            }
+        }
+        node.guest.fleet().clear_faults("gpu1")?;
+        node.await_state(mode, ready, CHANGE).with_context(|| what.clone())?;
+        registers_say(&node, mode).with_context(|| what.clone())?;
+        node.await_allocatable(PGPU, 2, STEP).with_context(|| what.clone())?;
+        was = mode;
+    }
+    the_labels_never_lied(&node)?;
+    all_run(&node)
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, MODE_BITS, PGPU, STEP, bound_to_vfio, expected, gpu_bdfs, node, registers_say};
+use e2e::{CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, node, registers_say, the_labels_never_lied, whole_trace};
 use lab::Node;
 use lab::node::{CC_MODE, CC_MODE_STATE, CC_READY_STATE, NODE};
 use lab_devices::{Fault, Kind};
@@ -57,34 +57,12 @@ fn events(node: &Node, event: &str) -> Result<usize> {
     Ok(node.agent("cc-manager")?.events(event).len())
 }
 
-/// Whenever the ready state was `"true"` or `"false"`, every GPU had last booted in the mode that the state label named;
-/// and no GPU ever booted with developer's tools and without confidential computing.
+/// No label ever lied, and no GPU ever booted with developer's tools and without confidential computing.
 fn nothing_false_was_said(node: &Node) -> Result<()> {
-    let fleet = node.guest.fleet();
-    ensure!(!fleet.trace_overflowed(), "the trace is not whole");
-    let (now, trace_now, trace) = (Instant::now(), fleet.micros(), node.trace());
-    let boots: Vec<_> = trace.iter().filter(|event| event.kind == Kind::Ready).collect();
-    for boot in &boots {
+    for boot in whole_trace(node)?.iter().filter(|event| event.kind == Kind::Ready) {
         ensure!(boot.value & 0b11 != 0b10, "{} booted with {:#x}", boot.device, boot.value);
     }
-    let mut moments = 0;
-    for entry in node.api.history(NODE) {
-        let label = |key: &str| entry.labels.get(key).map(String::as_str).unwrap_or_default();
-        if label(CC_READY_STATE).is_empty() {
-            continue;
-        }
-        let age = u64::try_from(now.saturating_duration_since(entry.at).as_micros())?;
-        let at = trace_now.saturating_sub(age);
-        for name in node.gpus() {
-            let last = boots.iter().rfind(|event| *event.device == name[..] && event.micros <= at);
-            let word = last.with_context(|| format!("{name} has never booted"))?.value;
-            let wanted = u64::from(expected(label(CC_MODE_STATE)).0);
-            ensure!(word & u64::from(MODE_BITS) == wanted, "{:?} while {name} runs with {word:#x}", entry.labels);
-            moments += 1;
-        }
-    }
-    ensure!(moments > 0, "the node was never ready");
-    Ok(())
+    the_labels_never_lied(node)
 }
 
 /// Pauses of 0 to 40 ms that are the same in every run.

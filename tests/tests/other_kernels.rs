@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, lab_is_here, registers_say};
+use e2e::{CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, lab_is_here, registers_say, the_cdi_file_is};
 use lab::node::CC_MODE;
 use lab::{Boot, Node};
 use lab_vm::Kernel;
@@ -40,16 +40,9 @@ fn a_kernel_without_iommufd_hands_over_groups() -> Result<()> {
     bound_to_vfio(&node)?;
     node.await_allocatable(PGPU, 2, STEP)?;
 
-    // The shape of operator-contract section 7.7, to the letter.
     let bdfs = gpu_bdfs(&node)?;
-    let device = |bdf: &String| -> Result<String> {
-        let nodes =
-            format!("            - path: /dev/vfio/vfio\n            - path: /dev/vfio/{}\n", group(&node, bdf)?);
-        Ok(format!("    - name: \"{bdf}\"\n      containerEdits:\n        deviceNodes:\n{nodes}"))
-    };
-    let devices = bdfs.iter().map(device).collect::<Result<String>>()?;
-    let expected = format!("---\ncdiVersion: 0.5.0\nkind: nvidia.com/pgpu\ndevices:\n{devices}");
-    assert_eq!(cdi_file(&node)?, expected);
+    let nodes = |bdf: &str| Ok(vec!["/dev/vfio/vfio".to_owned(), format!("/dev/vfio/{}", group(&node, bdf)?)]);
+    the_cdi_file_is(&node, nodes)?;
 
     node.create_pod("both", PGPU, 2)?;
     node.await_pod("both", "Running", STEP)?;

@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, MODE_BITS, PGPU, STEP, bound_to_vfio, expected, gpu_bdfs, node, registers_say};
+use e2e::{
+    CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, node, registers_say, the_cdi_file_is, the_labels_never_lied,
+    whole_trace,
+};
 use lab::Node;
-use lab::node::{CC_MODE, CC_MODE_STATE, CC_READY_STATE, NODE};
-use lab_devices::Kind;
+use lab::node::{CC_MODE, CC_READY_STATE, NODE};
 
 /// A pod that asks for all GPUs gets them, and Kata would plug in exactly those.
 fn a_pod_gets_all_gpus(node: &Node, name: &str) -> Result<()> {
@@ -26,16 +28,12 @@ fn a_pod_gets_all_gpus(node: &Node, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The CDI file that the plugin wrote is the one of the contract, and names every GPU.
+/// The CDI file that the plugin wrote names every GPU with the VFIO device that the kernel made of it.
 fn the_cdi_file_is_right(node: &Node) -> Result<()> {
-    let text = String::from_utf8(node.guest.get_file("/var/run/cdi/nvidia.com-pgpu.yaml")?)?;
-    for wanted in ["---", "cdiVersion: 0.5.0", "kind: nvidia.com/pgpu", "path: /dev/vfio/devices/vfio"] {
-        ensure!(text.contains(wanted), "no {wanted:?} in:\n{text}");
-    }
-    for bdf in gpu_bdfs(node)? {
-        ensure!(text.contains(&bdf), "no {bdf} in:\n{text}");
-    }
-    Ok(())
+    the_cdi_file_is(node, |bdf| {
+        let cdev = node.look(&["ls", &format!("/sys/bus/pci/devices/{bdf}/vfio-dev")])?.text();
+        Ok(vec![format!("/dev/vfio/devices/{}", cdev.trim())])
+    })
 }
 
 /// What the kubelet was told: every GPU by its address, healthy, and with nothing else beside them.
@@ -59,43 +57,14 @@ fn arrives(node: &Node, mode: &str, ready: &str) -> Result<()> {
     a_pod_gets_all_gpus(node, &format!("pod-{mode}-{}", node.api.resource_version()))
 }
 
-/// At no moment does the node object promise what a device does not keep: whenever the ready state is `"true"` or
-/// `"false"`, every GPU had last booted in the mode that the state label names.
-fn the_labels_never_lied(node: &Node) -> Result<()> {
-    let fleet = node.guest.fleet();
-    let (now, trace_now) = (std::time::Instant::now(), fleet.micros());
-    let trace = node.trace();
-    let mut looked_at = 0;
-    for entry in node.api.history(NODE) {
-        let label = |key: &str| entry.labels.get(key).map(String::as_str).unwrap_or_default();
-        if label(CC_READY_STATE).is_empty() {
-            continue;
-        }
-        let age = u64::try_from(now.saturating_duration_since(entry.at).as_micros())?;
-        let at = trace_now.saturating_sub(age);
-        for name in node.gpus() {
-            let booted = trace
-                .iter()
-                .rfind(|event| event.kind == Kind::Ready && *event.device == name[..] && event.micros <= at);
-            let word = booted.with_context(|| format!("{name} has never booted"))?.value;
-            let wanted = u64::from(expected(label(CC_MODE_STATE)).0);
-            ensure!(word & u64::from(MODE_BITS) == wanted, "{:?} while {name} runs with {word:#x}", entry.labels);
-            looked_at += 1;
-        }
-    }
-    ensure!(looked_at > 0, "the node was never ready");
-    Ok(())
-}
-
 /// After each request for another mode the gate is closed before the first knob is written.
 fn the_gate_closed_first(node: &Node) -> Result<()> {
-    let history = node.api.history(NODE);
-    let fleet = node.guest.fleet();
-    let (now, trace_now) = (std::time::Instant::now(), fleet.micros());
+    let (history, trace) = (node.api.history(NODE), whole_trace(node)?);
+    let (now, trace_now) = (std::time::Instant::now(), node.guest.fleet().micros());
     let writes: Vec<u64> = node
         .gpus()
         .iter()
-        .flat_map(|name| lab_devices::trace::rpcs(&node.trace(), name))
+        .flat_map(|name| lab_devices::trace::rpcs(&trace, name))
         .filter(|rpc| rpc.request.get(2).is_some_and(|word| word & 0xff == 0x0d))
         .map(|rpc| rpc.micros)
         .collect();

@@ -5,19 +5,19 @@ use std::io::IsTerminal;
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 
-/// The flags of logging, the same in every agent.
+/// The flags of logging, the same in every agent, before a subcommand as well as after it.
 #[derive(clap::Args, Clone, Debug)]
 pub struct LogArgs {
     /// Form of log lines
-    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, ignore_case = true)]
+    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, ignore_case = true, global = true)]
     pub log_format: LogFormat,
 
     /// Least level that is logged: error, warn, info, debug or trace, or a list such as info,gpu_firmware=debug
-    #[arg(long, env = "LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
+    #[arg(long, env = "LOG_LEVEL", value_name = "LEVEL", default_value = "info", global = true)]
     pub log_level: String,
 
     /// Log at level debug, whatever --log-level says
-    #[arg(long, env = "CCNODE_DEBUG", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(long, env = "CCNODE_DEBUG", value_parser = clap::builder::FalseyValueParser::new(), global = true)]
     pub debug: bool,
 }
 
@@ -118,6 +118,34 @@ mod tests {
         let args = LogArgs { log_level: "info=loud".to_owned(), ..LogArgs::default() };
         let text = filter(&args).unwrap_err().to_string();
         assert!(text.contains("info=loud") && text.contains("LOG_LEVEL"), "{text}");
+    }
+
+    #[derive(Parser)]
+    struct WithSubcommand {
+        #[command(subcommand)]
+        command: Run,
+        #[command(flatten)]
+        log: LogArgs,
+    }
+
+    #[derive(clap::Subcommand)]
+    enum Run {
+        Run,
+    }
+
+    #[test]
+    fn flags_come_before_a_subcommand_or_after_it() {
+        for words in
+            ["x --log-format json --log-level warn --debug run", "x run --log-format json --log-level warn --debug"]
+        {
+            let WithSubcommand { command: Run::Run, log } =
+                WithSubcommand::try_parse_from(words.split_whitespace()).unwrap();
+            assert_eq!((log.log_format, log.log_level.as_str(), log.debug), (LogFormat::Json, "warn", true), "{words}");
+        }
+        let help = WithSubcommand::try_parse_from(["x", "run", "--help"]).err().unwrap().to_string();
+        for flag in ["--log-format", "--log-level", "--debug"] {
+            assert!(help.contains(flag), "{help}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lab_devices::{Fleet, FleetConfig, FleetError};
 use nix::sys::signal::Signal;
@@ -338,6 +338,8 @@ impl Guest {
             .map(|device| self.fleet.socket(&device.spec.name))
             .collect::<Result<_, _>>()?;
         let modules = if builder.load_vfio { "" } else { " lab.modules=none" };
+        // A guest that is starved of time while it boots may not get to read its clock, and begin in 1970.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let folder = self.folder.path();
         let at = |name: &str| folder.join(name);
         let machine = Machine {
@@ -345,7 +347,7 @@ impl Guest {
             kernel: &self.plan.kernel_image,
             initrd: &self.plan.initrd,
             memory_mib: self.plan.memory_mib,
-            append: &format!("lab.hostname={}{modules}{}", builder.hostname, builder.append),
+            append: &format!("lab.hostname={}{modules}{} lab.time={now}", builder.hostname, builder.append),
             console: &at("console.log"),
             agent: &at("agent.sock"),
             qmp: &at("qmp.sock"),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use lab::control::{self, Control};
@@ -52,7 +52,7 @@ struct Run {
     /// Lay a folder of this machine over the guest's root, or put a single file there; may be repeated.
     #[arg(long, value_name = "HOSTDIR:GUESTDIR", value_parser = add)]
     add: Vec<Add>,
-    /// End the command and the guest after this many seconds.
+    /// End the command and the guest when the command has run for this many seconds.
     #[arg(long, default_value_t = 600)]
     timeout: u64,
     /// Write every BAR0 and config access of each device to this file, one JSON object a line.
@@ -155,7 +155,6 @@ impl Run {
             Some(path) => Some(Control::listen(&path)?),
             None => None,
         };
-        let began = Instant::now();
         let mut guest = boot.guest()?;
         let command = GuestCommand::new(argv).on_output(|chunk| {
             // A closed pipe on our side must not end the command over there; its exit code still counts.
@@ -172,13 +171,12 @@ impl Run {
             }
             Err(error) => return Err(error.into()),
         };
-        let left = timeout.saturating_sub(began.elapsed());
         let stop = AtomicBool::new(false);
         let ended = thread::scope(|scope| {
             if let Some(control) = &control {
                 scope.spawn(|| control.serve(&guest, &stop));
             }
-            let ended = process.wait(left);
+            let ended = process.wait(timeout);
             stop.store(true, Ordering::Relaxed);
             ended
         });

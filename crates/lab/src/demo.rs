@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use lab_devices::{Kind, TraceEvent};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::boot::Boot;
@@ -29,51 +30,52 @@ const CC_ON: u32 = 0x01;
 /// The bits of the status register that say the mode: CC, devtools, PPCIe.
 const MODE_BITS: u32 = 0x23;
 
-/// Boots the node, walks the road and prints the timeline. Succeeds only if the pod got its GPU and the registers of every
-/// device say that CC is on.
+/// The exact state of a device.
+#[derive(Serialize)]
+struct State {
+    name: String,
+    bdf: String,
+    mode: &'static str,
+    register: String,
+    knobs: String,
+    resets: u64,
+}
+
+/// Boots the node, walks the road and prints the timeline. Succeeds only if the pod got one of the GPUs and the registers of
+/// every device say that CC is on.
 pub fn run(topology: &str, as_json: bool) -> anyhow::Result<ExitCode> {
     let began = Instant::now();
     let mut node = Node::start(Boot::new(topology)?, &[(CC_MODE, "off")])?;
-    let outcome = road(&mut node);
-    let timeline = timeline(&node);
-    let devices: Vec<Value> = node.gpus().iter().map(|name| state(&node, name)).collect::<Result<_, _>>()?;
+    let mut timeline = Timeline::default();
+    let outcome = road(&mut node, &mut timeline);
+    observed(&node, &mut timeline);
+    let devices: Vec<State> = node.gpus().iter().map(|name| state(&node, name)).collect::<Result<_, _>>()?;
     if as_json {
-        let moments: Vec<Value> = timeline
-            .moments()
-            .iter()
-            .map(|moment| json!({"seconds": moment.at.as_secs_f64(), "actor": moment.actor, "text": moment.text}))
-            .collect();
-        println!("{}", serde_json::to_string_pretty(&json!({"timeline": moments, "devices": devices}))?);
+        println!("{}", serde_json::to_string_pretty(&json!({"timeline": timeline.moments(), "devices": devices}))?);
     } else {
         println!("The road, on {topology} (kernel {}; seconds since its boot began):\n", node.guest.kernel_release());
         print!("{}", timeline.render());
         println!("\nAt the end:");
-        for device in &devices {
-            println!(
-                "  {}  {}  mode {} (register {})  knobs {}  {} resets",
-                text(&device["name"]),
-                text(&device["bdf"]),
-                text(&device["mode"]),
-                text(&device["register"]),
-                text(&device["knobs"]),
-                device["resets"]
-            );
+        for State { name, bdf, mode, register, knobs, resets } in &devices {
+            println!("  {name}  {bdf}  mode {mode} (register {register})  knobs {knobs}  {resets} resets");
         }
     }
-    let resolved = outcome.map_err(|error| error.context(node.logs()))?;
-    for name in node.gpus() {
-        let word = node.device(&name)?.status_word;
-        ensure!(word & MODE_BITS == CC_ON, "{name}: The status register is {word:#x}: CC is not on");
+    let plugged = outcome.map_err(|error| error.context(node.logs()))?;
+    ensure!(
+        devices.iter().any(|device| device.bdf == plugged),
+        "The pod would get {plugged}, which is none of the GPUs"
+    );
+    for State { name, mode, register, .. } in &devices {
+        ensure!(*mode == "on", "{name}: The status register is {register}: CC is not on");
     }
     if !as_json {
-        println!("\nKata would plug {resolved} into the pod's virtual machine.");
         println!("Done in {:.1} s.", began.elapsed().as_secs_f64());
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// The road itself; what Kata would plug in.
-fn road(node: &mut Node) -> anyhow::Result<String> {
+/// The road itself, with the moments that nobody logs; the address of the device that Kata would plug in.
+fn road(node: &mut Node, timeline: &mut Timeline) -> anyhow::Result<String> {
     node.start_all()?;
     node.await_state("off", "false", CHANGE)?;
     let count = node.gpus().len();
@@ -81,15 +83,22 @@ fn road(node: &mut Node) -> anyhow::Result<String> {
     node.ask_for("on")?;
     node.await_state("on", "true", CHANGE)?;
     node.await_allocatable(RESOURCE, count, STEP)?;
+    timeline.add(node.started().elapsed(), "person", format!("creates pod {POD}: 1 of {RESOURCE}"));
     node.create_pod(POD, RESOURCE, 1)?;
     node.await_pod(POD, "Running", STEP)?;
+    timeline.add(node.started().elapsed(), "kubelet", format!("pod {POD} is Running"));
     let resolved = node.look_json(&["lab-kubelet", "resolve", &format!("default/{POD}")])?;
-    let device = resolved["devices"].get(0).context("The pod has no device")?;
-    Ok(format!("{} as {} ({})", text(&device["bdfs"][0]), text(&device["nodes"][0]), text(&device["cdi"])))
+    let told =
+        |what: &str| resolved.pointer(what).and_then(Value::as_str).with_context(|| format!("No {what}: {resolved}"));
+    let devices = resolved["devices"].as_array().map_or(0, Vec::len);
+    ensure!(devices == 1, "The pod has {devices} devices: {resolved}");
+    let (bdf, path, cdi) = (told("/devices/0/bdfs/0")?, told("/devices/0/nodes/0")?, told("/devices/0/cdi")?);
+    let plugged = format!("resolves CDI device {cdi}: would plug {bdf} into the virtual machine by {path}");
+    timeline.add(node.started().elapsed(), "kata", plugged);
+    Ok(bdf.to_owned())
 }
 
-/// The exact state of a device.
-fn state(node: &Node, name: &str) -> anyhow::Result<Value> {
+fn state(node: &Node, name: &str) -> anyhow::Result<State> {
     let status = node.device(name)?;
     let knobs: Vec<String> = [6, 8, 10, 45]
         .iter()
@@ -97,43 +106,35 @@ fn state(node: &Node, name: &str) -> anyhow::Result<Value> {
         .collect();
     let mode = match status.status_word & MODE_BITS {
         0 => "off",
-        1 => "on",
+        CC_ON => "on",
         3 => "devtools",
         0x20 => "ppcie",
         _ => "invalid",
     };
-    Ok(json!({
-        "name": name,
-        "bdf": node.guest.bdf(name)?,
-        "mode": mode,
-        "register": format!("{:#04x}", status.status_word),
-        "knobs": knobs.join(" "),
-        "resets": status.flrs,
-    }))
+    Ok(State {
+        name: name.to_owned(),
+        bdf: node.guest.bdf(name)?,
+        mode,
+        register: format!("{:#04x}", status.status_word),
+        knobs: knobs.join(" "),
+        resets: status.flrs,
+    })
 }
 
-/// Everything that happened, from four sources: the node object, the agents' logs, the devices and the kubelet.
-fn timeline(node: &Node) -> Timeline {
-    let mut timeline = Timeline::default();
+/// Adds what happened as three others saw it: the node object, the agents' logs and the devices.
+fn observed(node: &Node, timeline: &mut Timeline) {
     let started = node.started();
     let since = |at: Instant| at.saturating_duration_since(started);
     timeline.add(Duration::ZERO, "lab", "boots a node with virtual GPUs");
-    labels(node, &mut timeline, since);
+    labels(node, timeline, since);
     for agent in node.agents() {
-        agent_moments(agent, &mut timeline, since);
+        agent_moments(agent, timeline, since);
     }
     // The clock of the trace began with the fleet; both are read now to bring them together.
     let (trace_now, now) = (Duration::from_micros(node.guest.fleet().micros()), since(Instant::now()));
     let offset = now.saturating_sub(trace_now);
     let from = node.agents().first().map_or(Duration::ZERO, |agent| since(agent.started()));
-    device_moments(&node.trace(), offset, from, &mut timeline);
-    if let Some(pod) = node.api.get("pods", "default", POD) {
-        let phase = text(&pod["status"]["phase"]).to_owned();
-        if let Some((at, _)) = node.agent("device-plugin").ok().and_then(|agent| agent.events("allocated").pop()) {
-            timeline.add(since(at), "kubelet", format!("pod {POD} admitted, now {phase}"));
-        }
-    }
-    timeline
+    device_moments(&node.trace(), offset, from, timeline);
 }
 
 fn labels(node: &Node, timeline: &mut Timeline, since: impl Fn(Instant) -> Duration) {
@@ -220,8 +221,4 @@ fn device_moments(trace: &[TraceEvent], offset: Duration, from: Duration, timeli
 
 fn devices(trace: &[TraceEvent]) -> std::collections::BTreeSet<String> {
     trace.iter().map(|event| event.device.to_string()).collect()
-}
-
-fn text(value: &Value) -> &str {
-    value.as_str().unwrap_or("?")
 }

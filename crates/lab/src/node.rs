@@ -193,11 +193,14 @@ impl Node {
         &self.agents
     }
 
-    /// Stops an agent and waits for its end.
+    /// Stops an agent and waits for its end. One that is asked to end, with SIGTERM, must end with exit code 0.
     pub fn stop_agent(&self, name: &str, signal: Signal) -> anyhow::Result<()> {
         let agent = self.agent(name)?;
         agent.process.signal(signal)?;
-        agent.process.wait(LOOK)?;
+        let status = agent.process.wait(LOOK)?;
+        if signal == Signal::SIGTERM && !status.success() {
+            bail!("{name} ended with {status} when it was asked to end\n{}", self.logs());
+        }
         Ok(())
     }
 

@@ -3,15 +3,22 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use serde::{Serialize, Serializer};
+
 /// One thing that happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Moment {
-    /// Time since the guest began to boot.
+    /// Time since the guest began to boot, in seconds where it is written down.
+    #[serde(rename = "seconds", serialize_with = "seconds")]
     pub at: Duration,
     /// Who did it: `person`, `cc-manager`, `gpu0`, `kubelet`, ...
     pub actor: String,
     /// What it was.
     pub text: String,
+}
+
+fn seconds<S: Serializer>(at: &Duration, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_f64(at.as_secs_f64())
 }
 
 /// Moments, kept in the order of time.

@@ -12,8 +12,10 @@ use tonic::transport::Channel;
 use tonic::{Response, Status};
 use tracing::{info, warn};
 
+use super::cdi;
 use super::devices::{Ask, Choice, Reusable};
 use super::pods::{Container, Phase, Pod, Record};
+use super::resolve::{Error as ResolveError, below, resolve};
 use super::state::{Shared, response_json};
 
 /// The real kubelet waits for Allocate and GetPreferredAllocation without end; we give up then.
@@ -23,8 +25,13 @@ const PRE_START_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Reason in the status of a pod whose devices could not be allocated.
 pub(crate) const UNEXPECTED: &str = "UnexpectedAdmissionError";
+/// Reason of a container that waits because its pod has no sandbox yet. Why not is the message of an event
+/// FailedCreatePodSandBox in a real cluster; here it is that of the container's status.
+const NO_SANDBOX: &str = "ContainerCreating";
 /// Reason of a container that waits because its configuration could not be made.
 const CONFIG_ERROR: &str = "CreateContainerConfigError";
+/// Reason of a container that waits because the runtime could not make it.
+const CREATE_ERROR: &str = "CreateContainerError";
 
 /// Admits a pod and starts it. The outcome is in its record; asked again about a pod it knows, it does nothing.
 pub(crate) async fn admit(shared: &Arc<Shared>, pod: Pod, api: bool) {
@@ -88,19 +95,63 @@ pub(crate) fn resume_waiting(shared: &Arc<Shared>) {
 }
 
 async fn try_start(shared: &Shared, pod: &Pod) -> bool {
-    match pre_start_pod(shared, pod).await {
+    match create(shared, pod).await {
         Ok(()) => {
             info!(pod = pod.full_name(), "Pod running");
             shared.change(|state| set_phase(state, &pod.uid, Phase::Running));
             true
         }
-        Err(message) => {
-            warn!(pod = pod.full_name(), message, "Container cannot be created");
-            let phase = Phase::Pending { reason: CONFIG_ERROR.to_owned(), message };
+        Err((reason, message)) => {
+            warn!(pod = pod.full_name(), reason, message, "Container cannot be created");
+            let phase = Phase::Pending { reason: reason.to_owned(), message };
             shared.change(|state| set_phase(state, &pod.uid, phase));
             false
         }
     }
+}
+
+/// Makes the pod's sandbox and containers as far as devices matter to it; else the reason and the message.
+async fn create(shared: &Shared, pod: &Pod) -> Result<(), (&'static str, String)> {
+    make_sandbox(shared, pod).await.map_err(|message| (NO_SANDBOX, message))?;
+    pre_start_pod(shared, pod).await.map_err(|message| (CONFIG_ERROR, message))?;
+    make_containers(shared, pod).map_err(|message| (CREATE_ERROR, message))
+}
+
+/// Kata's shim plugs in the pod's devices while it makes the sandbox (operator-contract section 10, steps 3 to 5). To other
+/// runtimes devices matter only later.
+async fn make_sandbox(shared: &Shared, pod: &Pod) -> Result<(), String> {
+    if !pod.is_kata() {
+        return Ok(());
+    }
+    match resolve(&shared.config.pod_resources, &shared.config.root, &pod.full_name()).await {
+        Ok(_) | Err(ResolveError::NoDevices { .. }) => Ok(()),
+        Err(error) => Err(format!("Failed to create pod sandbox: {}", super::chain(&error))),
+    }
+}
+
+/// The runtime resolves the CDI names and looks at the device nodes that Allocate has answered, container by container.
+fn make_containers(shared: &Shared, pod: &Pod) -> Result<(), String> {
+    let root = &shared.config.root;
+    for container in pod.init_containers.iter().chain(&pod.containers) {
+        let (mut names, mut nodes) = (Vec::new(), Vec::new());
+        for allocation in shared.state().manager.container(&pod.uid, &container.name).into_iter().flatten() {
+            let response = &allocation.1.response;
+            names.extend(response.cdi_devices.iter().map(|device| device.name.clone()));
+            nodes.extend(response.devices.iter().map(|device| device.host_path.clone()));
+        }
+        if !names.is_empty() {
+            let failed = |reason: String| format!("CDI device injection failed: {reason}");
+            let specs = cdi::load(root).map_err(|error| failed(super::chain(&error)))?;
+            names.retain(|name| !specs.contains_key(name));
+            if !names.is_empty() {
+                return Err(failed(format!("unresolvable CDI devices {}", names.join(", "))));
+            }
+        }
+        if let Some(missing) = nodes.iter().find(|node| !below(root, node).exists()) {
+            return Err(format!("failed to generate container spec: lstat {missing}: no such file or directory"));
+        }
+    }
+    Ok(())
 }
 
 fn set_phase(state: &mut super::state::State, uid: &str, phase: Phase) {

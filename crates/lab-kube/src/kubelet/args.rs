@@ -285,6 +285,7 @@ impl Ctl {
                     uid: String::new(),
                     namespace,
                     name,
+                    runtime_class: String::new(),
                     init_containers: Vec::new(),
                     containers: vec![container],
                 };

@@ -60,6 +60,8 @@ pub struct Config {
     pub plugin_dir: PathBuf,
     /// Socket of the pod-resources service.
     pub pod_resources: PathBuf,
+    /// Where the runtimes find device nodes, CDI specs and sysfs.
+    pub root: PathBuf,
     /// Feature gate KubeletPodResourcesGet.
     pub pod_resources_get: bool,
     /// How long a registering plugin is dialled.
@@ -87,6 +89,7 @@ impl Config {
             node: node.into(),
             plugin_dir: plugin_dir.into(),
             pod_resources: pod_resources.into(),
+            root: "/".into(),
             pod_resources_get: true,
             dial_deadline: Duration::from_secs(10),
             stop_grace: Duration::from_mins(5),

@@ -19,6 +19,9 @@ pub struct Pod {
     pub namespace: String,
     /// Name.
     pub name: String,
+    /// RuntimeClass; empty for the node's default.
+    #[serde(default)]
+    pub runtime_class: String,
     /// Init containers, in order.
     #[serde(default)]
     pub init_containers: Vec<Container>,
@@ -49,6 +52,7 @@ impl Pod {
             uid: pod.metadata.uid.clone()?,
             namespace: pod.metadata.namespace.clone()?,
             name: pod.metadata.name.clone()?,
+            runtime_class: spec.runtime_class_name.clone().unwrap_or_default(),
             init_containers: containers(spec.init_containers.as_deref().unwrap_or_default())?,
             containers: containers(&spec.containers)?,
         })
@@ -57,6 +61,11 @@ impl Pod {
     /// NAMESPACE/NAME.
     pub(crate) fn full_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
+    }
+
+    /// Whether Kata makes its sandbox.
+    pub(crate) fn is_kata(&self) -> bool {
+        self.runtime_class.starts_with("kata-")
     }
 
     /// Containers that run for as long as the pod does, as the pod-resources service lists them.

@@ -129,7 +129,7 @@ fn down_to_pci(root: &Path, wanted: Vec<(String, String, String)>) -> Result<Vec
     Ok(resolved)
 }
 
-fn below(root: &Path, path: &str) -> PathBuf {
+pub(crate) fn below(root: &Path, path: &str) -> PathBuf {
     root.join(path.trim_start_matches('/'))
 }
 

@@ -32,6 +32,8 @@ struct Toy {
     options: dp::DevicePluginOptions,
     devices: watch::Sender<Vec<dp::Device>>,
     preferred: Vec<String>,
+    /// Whether Allocate answers CDI names beside device nodes.
+    cdi: bool,
     fail: Mutex<BTreeMap<&'static str, Status>>,
     /// Ends every stream when it changes.
     end: watch::Sender<bool>,
@@ -45,6 +47,7 @@ impl Toy {
             options: dp::DevicePluginOptions::default(),
             devices: watch::Sender::new(list(devices)),
             preferred: Vec::new(),
+            cdi: false,
             fail: Mutex::default(),
             end: watch::Sender::new(false),
         }
@@ -113,6 +116,12 @@ impl DevicePlugin for Service {
                         host_path: format!("/dev/vfio/{id}"),
                         permissions: "mrw".into(),
                     })
+                    .collect(),
+                cdi_devices: request
+                    .devices_ids
+                    .iter()
+                    .filter(|_| self.0.cdi)
+                    .map(|id| dp::CdiDevice { name: format!("{R}={id}") })
                     .collect(),
                 ..Default::default()
             })
@@ -195,6 +204,28 @@ impl Lab {
         self.kubelet.wait_allocatable(R, count, SOON).await.unwrap();
     }
 
+    /// What the runtimes take for the machine.
+    fn root(&self) -> PathBuf {
+        self.folder.path().join("root")
+    }
+
+    /// Makes device 0 a CDI device with a VFIO group of one function.
+    fn add_cdi_spec(&self) {
+        let root = self.root();
+        fs::create_dir_all(root.join("var/run/cdi")).unwrap();
+        fs::create_dir_all(root.join("sys/kernel/iommu_groups/0/devices/0000:41:00.0")).unwrap();
+        let spec = r#"{"cdiVersion":"0.5.0","kind":"nvidia.com/pgpu","devices":[{"name":"0","containerEdits":{"deviceNodes":[{"path":"/dev/vfio/0"}]}}]}"#;
+        fs::write(root.join("var/run/cdi/x.json"), spec).unwrap();
+    }
+
+    async fn await_running(&self) {
+        let deadline = tokio::time::Instant::now() + SOON;
+        while self.kubelet.dump()["pods"][0]["phase"] != "Running" {
+            assert!(tokio::time::Instant::now() < deadline, "{}", self.kubelet.dump()["pods"]);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     async fn admit(&self, name: &str, count: usize) -> super::Outcome {
         self.kubelet.admit(pod(name, count)).await.unwrap()
     }
@@ -225,6 +256,11 @@ impl Lab {
 async fn start(folder: &Path, client: Option<kube::Client>, adjust: impl FnOnce(&mut Config)) -> Arc<Kubelet> {
     let mut config = Config::new("node", folder.join("dp"), folder.join("pr/s"));
     config.dial_deadline = Duration::from_millis(300);
+    config.root = folder.join("root");
+    fs::create_dir_all(config.root.join("dev/vfio")).unwrap();
+    for id in 0..4 {
+        fs::write(config.root.join(format!("dev/vfio/{id}")), "").unwrap();
+    }
     adjust(&mut config);
     Kubelet::start(config, client).await.unwrap()
 }
@@ -235,6 +271,7 @@ fn pod(name: &str, count: usize) -> Pod {
         uid: format!("uid-{name}"),
         namespace: "n".into(),
         name: name.into(),
+        runtime_class: String::new(),
         init_containers: vec![],
         containers: vec![container],
     }
@@ -400,11 +437,49 @@ async fn a_container_that_cannot_be_readied_waits_with_its_devices() {
     lab.serve(&toy, "p.sock");
     lab.register("v1beta1", "p.sock", R).await.unwrap();
     toy.fail.lock().unwrap().clear();
-    let deadline = tokio::time::Instant::now() + SOON;
-    while lab.kubelet.dump()["pods"][0]["phase"] != "Running" {
-        assert!(tokio::time::Instant::now() < deadline, "{}", lab.kubelet.dump()["pods"]);
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    lab.await_running().await;
+}
+
+#[tokio::test]
+async fn a_container_waits_for_what_its_runtime_does_not_find() {
+    let node = "failed to generate container spec: lstat /dev/vfio/0: no such file or directory";
+    let name = "CDI device injection failed: unresolvable CDI devices nvidia.com/pgpu=0";
+    let shim = "Failed to create pod sandbox: CDI device nvidia.com/pgpu=0 is unresolvable: no spec defines it";
+    for (class, cdi, node_is_there, reason, message) in [
+        ("", false, false, "CreateContainerError", node),
+        ("", true, true, "CreateContainerError", name),
+        ("kata-qemu-nvidia-gpu-snp", false, true, "ContainerCreating", shim),
+    ] {
+        let lab = Lab::with(|config| config.container_retry = Duration::from_millis(20)).await;
+        let mut toy = Toy::new(&[("0", "Healthy")]);
+        toy.cdi = cdi;
+        lab.plug_in(toy).await;
+        lab.wait(1).await;
+        if !node_is_there {
+            fs::remove_file(lab.root().join("dev/vfio/0")).unwrap();
+        }
+        let pod = Pod { runtime_class: class.into(), ..pod("a", 1) };
+        let outcome = lab.kubelet.admit(pod).await.unwrap();
+        assert_eq!(
+            (outcome.phase.as_str(), outcome.reason.as_str()),
+            ("Pending", reason),
+            "{class}: {}",
+            outcome.message
+        );
+        assert_eq!(outcome.message, message);
+        assert_eq!(lab.ids("a"), ["0"]);
+        // When it is there, the pod runs.
+        lab.add_cdi_spec();
+        fs::write(lab.root().join("dev/vfio/0"), "").unwrap();
+        lab.await_running().await;
     }
+}
+
+#[tokio::test]
+async fn kata_needs_nothing_for_a_pod_without_devices() {
+    let lab = Lab::new().await;
+    let pod = Pod { runtime_class: "kata-qemu".into(), ..pod("a", 0) };
+    assert_eq!(lab.kubelet.admit(pod).await.unwrap().phase, "Running");
 }
 
 #[tokio::test]
@@ -558,16 +633,11 @@ async fn resolve_goes_from_a_pod_to_its_functions() {
     lab.wait(1).await;
     lab.admit("a", 1).await;
     lab.admit("none", 0).await;
-    let root = lab.folder.path().join("root");
-    fs::create_dir_all(root.join("var/run/cdi")).unwrap();
-    fs::create_dir_all(root.join("dev/vfio")).unwrap();
-    fs::create_dir_all(root.join("sys/kernel/iommu_groups/7/devices/0000:41:00.0")).unwrap();
-    fs::write(root.join("dev/vfio/7"), "").unwrap();
+    let root = lab.root();
     let socket = lab.folder.path().join("pr/s");
     let error = super::resolve(&socket, &root, "n/a").await.unwrap_err();
     assert_eq!(error.to_string(), "CDI device nvidia.com/pgpu=0 is unresolvable: no spec defines it");
-    let spec = r#"{"cdiVersion":"0.5.0","kind":"nvidia.com/pgpu","devices":[{"name":"0","containerEdits":{"deviceNodes":[{"path":"/dev/vfio/7"}]}}]}"#;
-    fs::write(root.join("var/run/cdi/x.json"), spec).unwrap();
+    lab.add_cdi_spec();
     let resolved = super::resolve(&socket, &root, "n/a").await.unwrap();
     assert_eq!(resolved.devices[0].bdfs, ["0000:41:00.0"]);
     assert_eq!(resolved.devices[0].cdi, "nvidia.com/pgpu=0");

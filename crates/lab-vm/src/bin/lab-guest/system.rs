@@ -5,13 +5,15 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
 use nix::unistd::Pid;
 
 /// How the machine is to end.
@@ -63,6 +65,9 @@ pub(crate) fn prepare() -> Vec<String> {
     if let Err(error) = fs::write("/proc/sys/kernel/hostname", hostname) {
         problems.push(format!("Host name {hostname} cannot be set: {error}"));
     }
+    if let Some(time) = option("lab.time") {
+        catch_up(time).unwrap_or_else(|problem| problems.push(problem));
+    }
     load_modules(option("lab.modules") != Some("none"), &mut problems);
     network(&mut problems);
     for problem in &problems {
@@ -87,6 +92,16 @@ fn mount_one(entry: &Mount) -> Result<(), String> {
         Err(Errno::ENODEV | Errno::ENOENT | Errno::EBUSY) if optional => Ok(()),
         Err(error) => Err(format!("{kind} cannot be mounted at {target}: {error}")),
     }
+}
+
+/// Sets the clock if it is behind the host's time, in seconds since 1970.
+fn catch_up(time: &str) -> Result<(), String> {
+    let seconds: u32 = time.parse().map_err(|error| format!("lab.time={time} is no time: {error}"))?;
+    if SystemTime::now() >= UNIX_EPOCH + Duration::from_secs(seconds.into()) {
+        return Ok(());
+    }
+    let now = TimeSpec::new(seconds.into(), 0);
+    clock_settime(ClockId::CLOCK_REALTIME, now).map_err(|error| format!("The clock cannot be set to {time}: {error}"))
 }
 
 /// Loads what `/etc/lab/modules` lists, in its order. A line is `base PATH` or `vfio PATH`; the image holds only lines
