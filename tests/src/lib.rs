@@ -137,7 +137,8 @@ pub fn the_labels_never_lied(node: &Node) -> Result<()> {
 /// the device nodes that `nodes` names.
 pub fn the_cdi_file_is(node: &Node, nodes: impl Fn(&str) -> Result<Vec<String>>) -> Result<()> {
     let device = |bdf: &String| -> Result<String> {
-        let nodes: String = nodes(bdf)?.iter().map(|path| format!("            - path: {path}\n")).collect();
+        let nodes: Vec<String> = nodes(bdf)?.iter().map(|path| format!("            - path: {path}\n")).collect();
+        let nodes = nodes.concat();
         Ok(format!("    - name: \"{bdf}\"\n      containerEdits:\n        deviceNodes:\n{nodes}"))
     };
     let devices: String = gpu_bdfs(node)?.iter().map(device).collect::<Result<_>>()?;

@@ -114,7 +114,8 @@ fn devices_that_sleep_on_vfio_are_looked_at_without_being_woken() -> Result<()> 
         let probe = node.look_json(&["ccnode", "probe", "--json"])?;
         Ok(probe["devices"].as_array().context("probe tells no devices")?.clone())
     };
-    let asleep = |device: &Value| device["power"]["runtime_status"] == "suspended" && device["power"]["state"] == "D3hot";
+    let asleep =
+        |device: &Value| device["power"]["runtime_status"] == "suspended" && device["power"]["state"] == "D3hot";
     let deadline = Instant::now() + STEP;
     while !devices()?.iter().all(asleep) {
         ensure!(Instant::now() < deadline, "{:#?}", devices()?);

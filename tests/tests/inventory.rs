@@ -46,7 +46,7 @@ fn an_hgx_h100_is_told_with_names_groups_and_numa_nodes() -> Result<()> {
     assert_eq!(probe["problems"].as_array().map(Vec::len), Some(0), "{}", probe["problems"]);
     // Device by device: as the topology places it, as QEMU addresses it, and as the kernel of such a guest shows it.
     let guest = Boot::new("hgx-h100")?.guest()?;
-    for Device { spec, place } in &guest.topology().devices {
+    for Device { spec, place, .. } in &guest.topology().devices {
         let bdf = guest.bdf(&spec.name)?;
         let told = devices.iter().find(|device| device["bdf"] == *bdf).with_context(|| bdf.clone())?;
         let Place::RootPort { numa: Some(placed) } = place else { bail!("{} is placed at {place:?}", spec.name) };

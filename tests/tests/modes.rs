@@ -541,7 +541,7 @@ fn killed_anywhere_the_next_run_finishes() -> Result<()> {
     };
     let Some(bench) = Bench::boot("h100x2", quick)? else { return Ok(()) };
     let names: Vec<&String> = bench.devices.keys().collect();
-    let mut seeded = Seeded(0x0cc_4);
+    let mut seeded = Seeded(0x0cc4);
     let (mut alive, mut between, mut reset_by_others) = (0, 0, 0);
     let begun = Instant::now();
     let mut mode = "off";
