@@ -13,7 +13,7 @@ use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Origin, Transition};
 use agent_core::text::chain;
-use gpu_firmware::Mode;
+use gpu_firmware::{Cost, Mode};
 use hw_probe::{Bdf, Inventory, PciFunction, Problem, SysRoot, Tee};
 use node_object::{Change, Event, Events, NodeClient, NodeError, NodeState, NodeView, annotations, labels};
 use tokio::time::Instant;
@@ -522,23 +522,25 @@ impl<F: Firmware> Controller<F> {
         // Before anybody is disturbed: whether it can be done now, and whether it is necessary at all.
         let looked = devices.clone();
         let is_unknown = plan::any_unknown(known, devices);
-        let look = move |firmware: &F| {
-            if is_unknown { firmware.verify(&looked, mode) } else { firmware.is_free(&looked).map(|()| Vec::new()) }
+        // Where looking resets them, that is not done without the others out of the way.
+        let look = move |firmware: &F| match firmware.is_free(&looked)? {
+            Cost::Nothing if is_unknown => firmware.verify(&looked, mode).map(Some),
+            Cost::Nothing | Cost::Resets => Ok(None),
         };
         let found = executor::look(&self.firmware, look).await;
-        if is_unknown && matches!(found, Some(Ok(_))) {
+        if matches!(found, Some(Ok(Some(_)))) {
             for device in devices {
                 self.memory.releases.touched(device.bdf);
             }
         }
         match found {
-            Some(Ok(results)) if is_unknown && results.iter().all(|result| result.result.is_ok()) => {
+            Some(Ok(Some(results))) if results.iter().all(|result| result.result.is_ok()) => {
                 let mut records = plan::records(inventory, Some(mode), known, devices);
                 plan::apply_faults(&mut records, refused);
                 plan::apply_results(&mut records, &results);
                 return self.found_right(mode, refused, state, records);
             }
-            Some(Ok(results)) if is_unknown && known.is_some() => self.tell_drift(&results),
+            Some(Ok(Some(results))) if known.is_some() => self.tell_drift(&results),
             Some(Err(faults)) if faults.iter().all(|fault| fault.busy) && self.settings.busy_wait.is_zero() => {
                 return self.hold(mode, &faults, state, before);
             }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::ErrorRecord;
 use gpu_firmware::{
-    DeviceDone, DeviceOutcome, Fault, Milestone, Mode, NodeOutcome, Observer, Ownership, Places, Progress, SystemClock,
-    Transaction,
+    Cost, DeviceDone, DeviceOutcome, Fault, Milestone, Mode, NodeOutcome, Observer, Ownership, Places, Progress,
+    Refused, SystemClock, Transaction,
 };
 use hw_probe::{Bdf, PciFunction};
 
@@ -19,11 +19,12 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the agent needs of the firmware crate; tests put a fake in its place.
 pub trait Firmware: Send + Sync + 'static {
-    /// Owns all `devices` and releases them again, touching none. `Err` has one fault for each that could not be had.
-    fn is_free(&self, devices: &[PciFunction]) -> Result<(), Vec<DeviceFault>>;
+    /// Whether all `devices` can be owned now, as far as can be told without touching any; and whether looking at them has a
+    /// cost. `Err` has one fault for each that cannot be had.
+    fn is_free(&self, devices: &[PciFunction]) -> Result<Cost, Vec<DeviceFault>>;
 
-    /// Owns all `devices`, reads what each is in, and releases them; nothing is written or reset. `Ok` has one result a
-    /// device, an error for each that is not in what `target` asks of it. `Err` as for [`Firmware::is_free`].
+    /// Owns all `devices`, reads what each is in, and releases them; nothing is written. `Ok` has one result a device, an
+    /// error for each that is not in what `target` asks of it. `Err` as for [`Firmware::is_free`].
     fn verify(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>>;
 
     /// Owns all `devices`, brings them to `target`, verifies and releases them. Blocks until all is done; every wait
@@ -102,14 +103,13 @@ impl GpuFirmware {
 
 impl GpuFirmware {
     fn own(&self, devices: &[PciFunction]) -> Result<Ownership, Vec<DeviceFault>> {
-        Ownership::take_within(devices, &self.places, LOCK_PATIENCE, &SystemClock)
-            .map_err(|refused| refused.0.iter().map(DeviceFault::from).collect::<Vec<_>>())
+        Ownership::take_within(devices, &self.places, LOCK_PATIENCE, &SystemClock).map_err(|refused| faults(&refused))
     }
 }
 
 impl Firmware for GpuFirmware {
-    fn is_free(&self, devices: &[PciFunction]) -> Result<(), Vec<DeviceFault>> {
-        self.own(devices).map(drop)
+    fn is_free(&self, devices: &[PciFunction]) -> Result<Cost, Vec<DeviceFault>> {
+        Ownership::look_within(devices, &self.places, LOCK_PATIENCE, &SystemClock).map_err(|refused| faults(&refused))
     }
 
     fn verify(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
@@ -130,6 +130,10 @@ impl Firmware for GpuFirmware {
         }
         Ok(results(&Transaction::new(&ownership).run(target, &Log { stop })))
     }
+}
+
+fn faults(refused: &Refused) -> Vec<DeviceFault> {
+    refused.0.iter().map(DeviceFault::from).collect()
 }
 
 fn results(outcome: &NodeOutcome) -> Vec<DeviceResult> {

@@ -13,7 +13,7 @@ use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::{DEVICES_FILE, DevicesFile, ErrorRecord};
 use cc_manager::{Controller, DeviceFault, DeviceResult, Firmware, Pausing, Settings, Verified};
-use gpu_firmware::Mode;
+use gpu_firmware::{Cost, Mode};
 use http::Method;
 use hw_probe::testing::FakeSysfs;
 use hw_probe::{Bdf, Inventory, PciFunction, Tee};
@@ -52,6 +52,7 @@ struct FakeFirmware {
     file: PathBuf,
     script: Mutex<VecDeque<Script>>,
     calls: Mutex<Vec<Call>>,
+    looking_resets: AtomicBool,
     /// Ownership refused so far.
     refused: AtomicUsize,
     /// The gate at each look at the devices that changes nothing.
@@ -103,8 +104,9 @@ impl FakeFirmware {
 }
 
 impl Firmware for FakeFirmware {
-    fn is_free(&self, _: &[PciFunction]) -> Result<(), Vec<DeviceFault>> {
-        self.refusal().map_or(Ok(()), |fault| Err(vec![fault]))
+    fn is_free(&self, _: &[PciFunction]) -> Result<Cost, Vec<DeviceFault>> {
+        let cost = if self.looking_resets.load(Ordering::Relaxed) { Cost::Resets } else { Cost::Nothing };
+        self.refusal().map_or(Ok(cost), |fault| Err(vec![fault]))
     }
 
     fn verify(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
@@ -204,6 +206,7 @@ impl World {
             file: here.path().join("state").join(DEVICES_FILE),
             script: Mutex::default(),
             calls: Mutex::default(),
+            looking_resets: AtomicBool::default(),
             refused: AtomicUsize::default(),
             looks: Mutex::default(),
             modes: Mutex::default(),
@@ -584,6 +587,21 @@ async fn what_happens_is_an_event_once_and_a_line_for_the_record() {
     assert_eq!(lines[1]["devices"][1]["error"], "BootTimeout");
     assert_eq!(lines[1]["devices"][0]["mode"], "off");
     assert_eq!(told.last().unwrap(), r#"null "off" "applied""#);
+}
+
+#[tokio::test]
+async fn where_looking_resets_devices_it_is_part_of_a_change() {
+    let world = World::new(&[(A, H100)]);
+    world.firmware.looking_resets.store(true, Ordering::Relaxed);
+    world.api.set_label(VFIO, Some("true"));
+    let paused: Arc<Mutex<Vec<String>>> = Arc::default();
+    let seen = Arc::clone(&paused);
+    world.api.on_change(move |labels: &BTreeMap<String, String>| seen.lock().unwrap().push(labels[VFIO].clone()));
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    assert_eq!((world.firmware.calls().len(), world.firmware.looks().len()), (1, 0));
+    assert!(paused.lock().unwrap().iter().any(|label| label == PAUSED));
+    agent.stop().await;
 }
 
 #[tokio::test]

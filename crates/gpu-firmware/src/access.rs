@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use hw_probe::{HostFacts, Lockdown};
+use hw_probe::{HostFacts, Lockdown, PciFunction, SysRoot};
 use serde::Serialize;
 
 use crate::clock::Clock;
@@ -81,7 +81,7 @@ pub(crate) fn choose(owned: &OwnedDevice) -> Result<Choice, Fault> {
         (Hold::LockOnly, Access::Vfio) => return refuse(Access::Vfio, "it is not bound to a VFIO driver"),
         (_, asked @ (Access::Sysfs | Access::Vfio)) => (asked, "asked for"),
         (Hold::Cdev, Access::Auto) => (Access::Vfio, "the kernel has no VFIO group files"),
-        (hold, Access::Auto) => match (is_locked_down(owned), hold) {
+        (hold, Access::Auto) => match (is_locked_down(&owned.places().root, owned.function()), hold) {
             (false, _) => (Access::Sysfs, "the kernel is not locked down"),
             (true, Hold::LockOnly) => return Err(Fault::Lockdown { path: owned.folder().join("resource0") }),
             (true, _) => (Access::Vfio, "the kernel is locked down"),
@@ -91,15 +91,16 @@ pub(crate) fn choose(owned: &OwnedDevice) -> Result<Choice, Fault> {
 }
 
 /// Whether the kernel refuses to map BARs through sysfs. Where the lockdown file is missing, which proves nothing, a
-/// mapping of BAR0 is tried; that touches no register.
-fn is_locked_down(owned: &OwnedDevice) -> bool {
-    match HostFacts::read(&owned.places().root).lockdown {
+/// mapping of the function's BAR0 is tried; that touches no register.
+pub(crate) fn is_locked_down(root: &SysRoot, function: &PciFunction) -> bool {
+    match HostFacts::read(root).lockdown {
         Lockdown::None => false,
         Lockdown::Integrity | Lockdown::Confidentiality => true,
         Lockdown::Unknown => {
-            let bar0 = owned.function().bars.iter().find(|bar| bar.number == 0 && !bar.io);
+            let bar0 = function.bars.iter().find(|bar| bar.number == 0 && !bar.io);
             let size = bar0.map_or(0, |bar| bar.size);
-            matches!(MappedBar0::open(&owned.folder().join("resource0"), size, None), Err(Fault::Lockdown { .. }))
+            let path = root.function(function.bdf).join("resource0");
+            matches!(MappedBar0::open(&path, size, None), Err(Fault::Lockdown { .. }))
         }
     }
 }

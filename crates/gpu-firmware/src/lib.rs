@@ -65,6 +65,8 @@ pub use error::{Error, Fault, Holder};
 pub use knob::{Knob, KnobState, KnobWrite, Step, configured, forbidden, matches, reason, steps, vector};
 pub use lock::DeviceLock;
 pub use mode::{Effective, Mode, ModeError};
-pub use ownership::{Hold, OwnedDevice, Ownership, Places, Refused, Use, device_use, group_holders, group_is_free};
+pub use ownership::{
+    Cost, Hold, OwnedDevice, Ownership, Places, Refused, Use, device_use, group_holders, group_is_free,
+};
 pub use plan::{NodePlan, Part, PlannedDevice};
 pub use transition::{DeviceDone, DeviceOutcome, Milestone, NodeOutcome, Observer, Progress, Transaction};

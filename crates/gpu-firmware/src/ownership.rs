@@ -155,22 +155,66 @@ impl Ownership {
         patience: Duration,
         clock: &dyn Clock,
     ) -> Result<Self, Refused> {
-        let mut last = Refused(Vec::new());
-        let is_lock = |error: &Error| matches!(*error.fault, Fault::LockHeld { .. });
-        let taken = Wait::new(patience, LOCK_RETRY).poll(clock, || match Self::take(functions, places) {
-            Err(refused) if refused.0.iter().all(is_lock) => {
-                last = refused;
-                Ok(None)
-            }
-            other => other.map(Some),
-        })?;
-        taken.ok_or(last)
+        unlocked_within(patience, clock, || Self::take(functions, places))
+    }
+
+    /// Whether [`Ownership::take`] would succeed now, as far as can be told without touching a device, and what taking and
+    /// reading the devices would do to them. Waits for locks as [`Ownership::take_within`] does.
+    pub fn look_within(
+        functions: &[PciFunction],
+        places: &Places,
+        patience: Duration,
+        clock: &dyn Clock,
+    ) -> Result<Cost, Refused> {
+        unlocked_within(patience, clock, || Self::look(functions, places))
+    }
+
+    fn look(functions: &[PciFunction], places: &Places) -> Result<Cost, Refused> {
+        let mut claims = all(functions, |function| Owned::claim(function, places))?;
+        open_groups(&mut claims, &mut Groups::new())?;
+        all(&claims, Owned::look_free)?;
+        let has_group_files = places.root.join("sys/class/misc/vfio").exists();
+        let is_quiet = |claim: &Owned| {
+            let function = &claim.function;
+            let held_quietly = claim.group.is_some()
+                || function.iommu_group.is_none()
+                || (function.driver.is_none() && has_group_files);
+            held_quietly && places.access != Access::Vfio && !access::is_locked_down(&places.root, function)
+        };
+        Ok(if claims.iter().all(is_quiet) { Cost::Nothing } else { Cost::Resets })
     }
 
     /// The devices, in the order they were asked for.
     pub fn devices(&self) -> &[OwnedDevice] {
         &self.devices
     }
+}
+
+/// What taking devices and reading what they are in does to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cost {
+    /// Nothing.
+    Nothing,
+    /// They are opened through VFIO, which resets them and activates the knobs they have then.
+    Resets,
+}
+
+/// Makes the attempt again, for up to `patience`, while nothing but locks is in the way.
+fn unlocked_within<T>(
+    patience: Duration,
+    clock: &dyn Clock,
+    mut attempt: impl FnMut() -> Result<T, Refused>,
+) -> Result<T, Refused> {
+    let mut last = Refused(Vec::new());
+    let is_lock = |error: &Error| matches!(*error.fault, Fault::LockHeld { .. });
+    let done = Wait::new(patience, LOCK_RETRY).poll(clock, || match attempt() {
+        Err(refused) if refused.0.iter().all(is_lock) => {
+            last = refused;
+            Ok(None)
+        }
+        other => other.map(Some),
+    })?;
+    done.ok_or(last)
 }
 
 /// Does something with each item; all results, or all errors.
@@ -867,6 +911,36 @@ mod tests {
         assert_eq!(DeviceLock::take(gpu.bdf, &tree.places).unwrap_err().code(), "LockHeld", "a clone still owns it");
         drop(device);
         assert!(DeviceLock::take(gpu.bdf, &tree.places).is_ok());
+    }
+
+    #[test]
+    fn a_look_says_what_it_would_do_and_does_nothing() {
+        let look = |tree: &Tree, gpu: &PciFunction| {
+            let cost =
+                Ownership::look_within(std::slice::from_ref(gpu), &tree.places, Duration::ZERO, &FakeClock::default());
+            assert!(
+                Ownership::take(std::slice::from_ref(gpu), &tree.places).is_ok() || cost.is_err(),
+                "nothing is kept"
+            );
+            cost.map_err(|refused| refused.0[0].code())
+        };
+        let bound = |tree: &Tree| tree.function("0000:41:00.0", Some("vfio-pci"), Some(12));
+        let tree = Tree::new();
+        assert_eq!(look(&tree, &bound(&tree)), Ok(Cost::Nothing));
+        let tree = Tree::new();
+        tree.sysfs.lockdown(hw_probe::Lockdown::Integrity);
+        assert_eq!(look(&tree, &bound(&tree)), Ok(Cost::Resets));
+        let mut tree = Tree::new();
+        tree.places.access = Access::Vfio;
+        assert_eq!(look(&tree, &bound(&tree)), Ok(Cost::Resets));
+        let tree = Tree::new();
+        assert_eq!(look(&tree, &tree.function("0000:41:00.0", None, None)), Ok(Cost::Nothing));
+        let tree = Tree::new();
+        assert_eq!(look(&tree, &tree.function("0000:41:00.0", Some("nvidia"), Some(12))), Err("InUse"));
+        let tree = Tree::new();
+        let gpu = bound(&tree);
+        let _lock = DeviceLock::take(gpu.bdf, &tree.places).unwrap();
+        assert_eq!(look(&tree, &gpu), Err("LockHeld"));
     }
 
     #[test]
