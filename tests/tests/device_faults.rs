@@ -254,6 +254,30 @@ fn play(guest: &Guest, bdf: &str, fault: impl Fn(&[&str]) -> Result<String>) -> 
     Ok(())
 }
 
+#[test]
+fn a_run_takes_faults_without_being_told_where() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let lab = |words: &[&str]| -> Result<Command> {
+        let mut command = Command::new(lab::programs::built()?.join("lab"));
+        command.args(words).env("XDG_RUNTIME_DIR", folder.path());
+        Ok(command)
+    };
+    // Ends when the first GPU is silent.
+    let script = "set -- $(grep -l 0x10de /sys/bus/pci/devices/*/vendor); config=${1%/vendor}/config
+        until [ \"$(hexdump -n 2 -e '1/2 \"%04x\"' $config)\" = ffff ]; do sleep 0.1; done";
+    let mut run = lab(&["run", "--timeout", "60", "--", "sh", "-c", script])?.spawn()?;
+    let deadline = Instant::now() + STEP;
+    while !lab(&["fault", "gpu0", "config-all-ones"])?.output()?.status.success() {
+        ensure!(Instant::now() < deadline, "no run listens where faults are sent");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(run.wait()?.success(), "the fault has not reached the guest");
+    Ok(())
+}
+
 /// Waits until the guest's kernel has found a device that was plugged in.
 fn await_device(guest: &Guest, name: &str) -> Result<()> {
     let deadline = Instant::now() + STEP;

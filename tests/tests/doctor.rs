@@ -189,8 +189,13 @@ fn lockdown_is_told_with_and_without_its_file() -> Result<()> {
     assert!(evidence(&answer, "lockdown").contains("refused with EPERM"), "{answer:#}");
     let probe = node.look_json(&["ccnode", "probe", "--json"])?;
     assert_eq!(probe["host"]["lockdown"], "unknown");
-    let found = &probe["host_details"]["lockdown"];
-    assert_eq!((&found["mode"], &found["inferred"]), (&"integrity".into(), &true.into()));
+    // As a container sees its host.
+    node.look(&["sh", "-c", "mkdir /host && mount --rbind / /host"])?;
+    let mounted = node.look_json(&["ccnode", "probe", "--json", "--root", "/host"])?;
+    for probe in [probe, mounted] {
+        let found = &probe["host_details"]["lockdown"];
+        assert_eq!((&found["mode"], &found["inferred"]), (&"integrity".into(), &true.into()));
+    }
     nothing_was_touched(&node)
 }
 
@@ -230,10 +235,33 @@ fn old_and_unknown_gpus_are_told_beside_the_others() -> Result<()> {
 }
 
 #[test]
+fn a_driver_that_keeps_vfio_out_of_a_group_is_named() -> Result<()> {
+    let Some(node) = node("rtx-pro-6000", &[])? else { return Ok(()) };
+    let (gpu, audio) = (node.guest.bdf("gpu0")?, node.guest.bdf("audio0")?);
+    let device = format!("/sys/bus/pci/devices/{audio}");
+    let plant = format!(
+        "modprobe uio_pci_generic && echo uio_pci_generic > {device}/driver_override && echo {audio} > /sys/bus/pci/drivers_probe &&
+         [ $(basename $(readlink {device}/driver)) = uio_pci_generic ]"
+    );
+    node.look(&["sh", "-c", &plant])?;
+    let (told, answer) = doctor(&node)?;
+    assert_eq!(told, set(&[&BARE[..], &["iommu-group: failed"]].concat()), "{answer:#}");
+    let words = evidence(&answer, "iommu-group");
+    let line = format!("{gpu}: {audio} in its IOMMU group ");
+    ensure!(words.starts_with(&line) && words.ends_with("is bound to uio_pci_generic"), "{words}");
+    // The cure that is told.
+    node.look(&["vfio-manage", "bind", "--all"])?;
+    let (told, answer) = doctor(&node)?;
+    assert!(!told.contains("iommu-group: failed") && !told.contains("gpu-driver: warning"), "{answer:#}");
+    Ok(())
+}
+
+#[test]
 fn changes_are_told_as_they_happen() -> Result<()> {
     let Some(mut node) = node("h100x2", &[])? else { return Ok(()) };
-    // So slow a poll that only the kernel's events can be in time.
-    node.start_agent(&["ccnode", "probe", "--watch", "--json", "--poll", "10m"], &[])?;
+    // As a container sees its host. So slow a poll that only the kernel's events can be in time.
+    node.look(&["sh", "-c", "mkdir /host && mount --rbind / /host"])?;
+    node.start_agent(&["ccnode", "probe", "--watch", "--json", "--poll", "10m", "--root", "/host"], &[])?;
     let lines = |node: &Node| -> Result<Vec<Value>> {
         let log = node.agent("ccnode")?.log();
         Ok(log.iter().filter_map(|(_, line)| serde_json::from_str(line).ok()).collect())

@@ -39,7 +39,6 @@ pub enum Command {
         shell: clap_complete::Shell,
     },
     /// Print the manual page, in roff.
-    #[command(hide = true)]
     Man,
 }
 

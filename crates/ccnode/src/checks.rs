@@ -327,7 +327,11 @@ fn tee(facts: &Facts) -> Verdict {
     let parameters: Vec<String> =
         tee.kvm_parameters.iter().map(|parameter| format!("{} says {}", parameter.path, parameter.value)).collect();
     if let Some(name) = name {
-        return ok(format!("{name}: {}", parameters.join(", ")));
+        let versions: Vec<String> =
+            tee.versions.iter().map(|version| format!("{} says {}", version.path, version.value)).collect();
+        let versions = if versions.is_empty() { "not readable in sysfs".into() } else { versions.join(", ") };
+        let evidence = vec![format!("{name}: {}", parameters.join(", ")), format!("Versions: {versions}")];
+        return Verdict { result: Outcome::Ok, evidence, cure: None };
     }
     let mut evidence = parameters;
     if evidence.is_empty() {

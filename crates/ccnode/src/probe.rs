@@ -1,7 +1,7 @@
 //! `ccnode probe`: what is on this node.
 
 use std::fmt::Write as _;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
@@ -45,15 +45,23 @@ pub fn run(args: &ProbeArgs, out: &mut impl Write, notes: &mut impl Write) -> an
         }
     }
     if let Some(mut follow) = follow {
-        if let Some(trouble) = follow.trouble() {
-            writeln!(notes, "warning: The kernel's events cannot be heard, only the poll finds changes: {trouble}")?;
-        }
+        let mut told = false;
         out.flush()?;
         loop {
+            told = told || tell_trouble(follow.trouble(), notes)?;
             follow.turn(out, *json)?;
         }
     }
     Ok(())
+}
+
+/// Says that only the poll is left, from the start or from now on; whether it was said.
+fn tell_trouble(trouble: Option<&io::Error>, notes: &mut impl Write) -> io::Result<bool> {
+    if let Some(trouble) = trouble {
+        writeln!(notes, "warning: The kernel's events cannot be heard, only the poll finds changes: {trouble}")?;
+        notes.flush()?;
+    }
+    Ok(trouble.is_some())
 }
 
 fn line(problem: &Problem) -> String {
@@ -202,4 +210,20 @@ fn remarks(report: &Report) -> Vec<String> {
         }
     }
     remarks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_events_are_lost_is_told_whenever_it_happens() {
+        let (mut notes, mut told) = (Vec::new(), false);
+        let lost = io::Error::other("broken");
+        for trouble in [None, None, Some(&lost), Some(&lost)] {
+            told = told || tell_trouble(trouble, &mut notes).unwrap();
+        }
+        let notes = String::from_utf8(notes).unwrap();
+        assert_eq!(notes, "warning: The kernel's events cannot be heard, only the poll finds changes: broken\n");
+    }
 }

@@ -107,6 +107,14 @@ fn each_planted_cause_is_named() {
             "turn TDX on",
         ),
         ("tee", |fake| _ = fake.tee(Tee::Tdx), Ok, "TDX: sys/module/kvm_intel/parameters/tdx says Y", ""),
+        ("tee", |fake| _ = fake.tee(Tee::Tdx), Ok, "Versions: not readable in sysfs", ""),
+        (
+            "tee",
+            |fake| fake.file("sys/devices/faux/tdx_host/version", "1.5.16\n"),
+            Ok,
+            "Versions: sys/devices/faux/tdx_host/version says 1.5.16",
+            "",
+        ),
         (
             "iommu",
             |fake| _ = fake.get(GPU).no_group(),

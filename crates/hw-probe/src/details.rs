@@ -44,6 +44,10 @@ pub struct TeeEvidence {
     pub dev_kvm: bool,
     /// Whether `/dev/sev` exists (the AMD secure processor's driver has started).
     pub dev_sev: bool,
+    /// Versions of firmware and modules that sysfs shows, with their paths: AMD's secure processor (the boot loader's and the
+    /// trusted environment's, since Linux 6.11) and Intel's TDX module (kernels with a `tdx_host` device). The version of the
+    /// SEV-SNP interface itself is told by `/dev/sev` alone, which is not opened here.
+    pub versions: Vec<Parameter>,
 }
 
 /// A module parameter.
@@ -122,7 +126,7 @@ impl HostDetails {
         };
         let iommu_groups = u32::try_from(groups.iter().filter(real).count()).unwrap_or(u32::MAX);
         Self {
-            tee: TeeEvidence::read(&mut node, &cpu, inventory.host.tee),
+            tee: TeeEvidence::read(&mut node, &cpu, inventory),
             lockdown: LockdownFinding::read(root, inventory, &words),
             iommu_groups,
             command_line: words,
@@ -173,7 +177,7 @@ fn cpu_line<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 }
 
 impl TeeEvidence {
-    fn read(node: &mut Node, cpu: &str, tee: Tee) -> Self {
+    fn read(node: &mut Node, cpu: &str, inventory: &Inventory) -> Self {
         const PARAMETERS: [&str; 4] = [
             "sys/module/kvm_amd/parameters/sev",
             "sys/module/kvm_amd/parameters/sev_es",
@@ -182,13 +186,23 @@ impl TeeEvidence {
         ];
         const FLAGS: [&str; 5] = ["sev", "sev_es", "sev_snp", "tdx_host_platform", "tme"];
         let flags = cpu_line(cpu, "flags").unwrap_or_default();
-        let parameter = |path: &&str| {
-            let value = excerpt(&node.text(path)?);
-            Some(Parameter { path: (**path).to_owned(), value })
+        let mut parameter = |path: &str| {
+            let value = excerpt(&node.word(path)?);
+            Some(Parameter { path: path.to_owned(), value })
         };
+        let kvm_parameters = PARAMETERS.iter().filter_map(|path| parameter(path)).collect();
+        let secure_processors = inventory.functions.iter().filter(|function| function.driver.as_deref() == Some("ccp"));
+        let versions = secure_processors
+            .flat_map(|function| {
+                let file = |name| format!("sys/bus/pci/devices/{}/{name}", function.bdf);
+                [file("bootloader_version"), file("tee_version")]
+            })
+            .chain(["sys/devices/faux/tdx_host/version".to_owned()]);
+        let versions = versions.filter_map(|path| parameter(&path)).collect();
         Self {
-            tee,
-            kvm_parameters: PARAMETERS.iter().filter_map(parameter).collect(),
+            tee: inventory.host.tee,
+            kvm_parameters,
+            versions,
             cpu_vendor: cpu_line(cpu, "vendor_id").map(excerpt),
             cpu_flags: flags.split(' ').filter(|flag| FLAGS.contains(flag)).map(str::to_owned).collect(),
             dev_kvm: node.exists("dev/kvm"),
@@ -206,7 +220,7 @@ impl LockdownFinding {
         let hint = command_line.iter().find(|word| word.starts_with("lockdown="));
         let hint = hint.map_or_else(String::new, |word| format!("; the kernel's command line has {word}"));
         let no_file = "There is no lockdown file";
-        if !root.is_host() {
+        if !root.is_running() {
             let evidence = format!("{no_file}, and a recorded tree cannot be asked{hint}");
             return Self { mode, inferred: false, evidence };
         }
@@ -319,6 +333,11 @@ mod tests {
         fake.file("proc/cpuinfo", format!("{cpu}\n{}", "x".repeat(100_000)));
         fake.file("sys/module/kvm_amd/parameters/sev", "Y\n");
         fake.file("dev/sev", "");
+        fake.function("0000:c5:00.1", 0x1022, 0x14ca, 0x10_8000)
+            .driver("ccp")
+            .attr("bootloader_version", "00.2d.00.77\n");
+        fake.get("0000:c5:00.1").attr("tee_version", "\n");
+        fake.function("0000:c6:00.1", 0x1022, 0x14ca, 0x10_8000).attr("tee_version", "1\n");
         let details = read(&fake);
         assert_eq!(details.command_line, ["amd_iommu=on", "iommu=pt", "lockdown=integrity", "vfio-pci.ids=10de:2330"]);
         assert_eq!((details.physical_address_bits, details.hypervisor), (Some(52), true));
@@ -333,9 +352,22 @@ mod tests {
             [("sys/module/kvm_amd/parameters/sev", "Y"), ("sys/module/kvm_amd/parameters/sev_snp", "Y")]
         );
         assert_eq!((tee.dev_sev, tee.dev_kvm), (true, false));
+        let version = |path: &str, value: &str| Parameter { path: path.to_owned(), value: value.to_owned() };
+        let bootloader = version("sys/bus/pci/devices/0000:c5:00.1/bootloader_version", "00.2d.00.77");
+        assert_eq!(tee.versions, [bootloader], "none where the file is empty or another driver has the device");
         let expected =
             LockdownFinding { mode: Lockdown::None, inferred: false, evidence: "sys/kernel/security/lockdown".into() };
         assert_eq!(details.lockdown, expected);
+    }
+
+    #[test]
+    fn the_tdx_module_tells_its_version_where_the_kernel_shows_it() {
+        let fake = FakeSysfs::new();
+        fake.tee(Tee::Tdx);
+        assert_eq!(read(&fake).tee.versions, []);
+        fake.file("sys/devices/faux/tdx_host/version", "1.5.16\n");
+        let path = "sys/devices/faux/tdx_host/version".to_owned();
+        assert_eq!(read(&fake).tee.versions, [Parameter { path, value: "1.5.16".into() }]);
     }
 
     #[test]

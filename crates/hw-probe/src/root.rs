@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use nix::sys::statfs::{SYSFS_MAGIC, statfs};
+
 /// The root below which `sys`, `proc`, `dev` and `run` are read: `/` on a node, a recorded or fake tree elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SysRoot(PathBuf);
@@ -17,9 +19,15 @@ impl SysRoot {
         Self(root.into())
     }
 
-    /// Whether this is the running machine rather than a tree of files.
+    /// Whether this is the root of the machine that this process runs on, as it sees it.
     pub fn is_host(&self) -> bool {
         self.0 == Path::new("/")
+    }
+
+    /// Whether `sys` below this root is that of the running kernel: on the machine itself, and where its root is mounted into a
+    /// container. A file system of type sysfs is always the running kernel's, and a recorded tree is of another type.
+    pub fn is_running(&self) -> bool {
+        self.is_host() || statfs(&self.join("sys")).is_ok_and(|found| found.filesystem_type() == SYSFS_MAGIC)
     }
 
     /// The path of `relative` (without a leading slash) below the root.

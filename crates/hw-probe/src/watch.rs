@@ -38,7 +38,7 @@ impl Watch {
     /// poll is all there is.
     pub fn new(root: SysRoot, poll: Duration) -> Self {
         // Before the scan, so that nothing falls in between.
-        let (events, trouble) = match root.is_host().then(listen).transpose() {
+        let (events, trouble) = match root.is_running().then(listen).transpose() {
             Ok(events) => (events, None),
             Err(error) => (None, Some(error)),
         };
@@ -156,6 +156,19 @@ mod tests {
         assert_eq!(told, ["0000:41:00.0: Driver: none -> nvidia"]);
         assert_eq!(watch.next_changes(), []);
         assert_eq!(watch.inventory().functions[0].driver.as_deref(), Some("nvidia"));
+    }
+
+    #[test]
+    fn a_socket_that_is_lost_is_told_and_the_poll_goes_on() {
+        let fake = FakeSysfs::new();
+        let gpu = fake.gpu("0000:41:00.0", 0x2330);
+        let mut watch = Watch::new(fake.root(), Duration::from_millis(10));
+        // Something that is readable, but no socket.
+        watch.events = Some(std::fs::File::open("/dev/zero").unwrap().into());
+        assert_eq!(watch.next_changes(), []);
+        assert_eq!(watch.trouble().and_then(io::Error::raw_os_error), Some(Errno::ENOTSOCK as i32));
+        gpu.driver("nvidia");
+        assert_eq!(watch.next_changes().len(), 1);
     }
 
     #[test]

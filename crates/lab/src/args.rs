@@ -61,7 +61,8 @@ struct Run {
     /// Keep the devices' knobs in this file from one run to the next.
     #[arg(long, value_name = "FILE")]
     knobs: Option<PathBuf>,
-    /// Take faults for the devices over this socket while the guest runs; `default` is where `cargo lab fault` looks.
+    /// Take faults for the devices over this socket while the guest runs. Without, it is where `cargo lab fault` looks, unless
+    /// another run listens there; with `default` that is an error.
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
     /// Words for the kernel's command line.
@@ -153,7 +154,9 @@ impl Run {
         let control = match control {
             Some(path) if path == Path::new("default") => Some(Control::listen(&control::default_path())?),
             Some(path) => Some(Control::listen(&path)?),
-            None => None,
+            None => Control::listen(&control::default_path())
+                .inspect_err(|error| tracing::info!("this run takes no faults: {error:#}"))
+                .ok(),
         };
         let mut guest = boot.guest()?;
         let command = GuestCommand::new(argv).on_output(|chunk| {
