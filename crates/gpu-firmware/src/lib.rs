@@ -67,4 +67,6 @@ pub use lock::DeviceLock;
 pub use mode::{Effective, Mode, ModeError};
 pub use ownership::{Hold, OwnedDevice, Ownership, Places, Refused, Use, device_use, group_holders, group_is_free};
 pub use plan::{NodePlan, Part, PlannedDevice};
-pub use transition::{DeviceDone, DeviceOutcome, Milestone, NodeOutcome, Observer, Progress, Transaction};
+pub use transition::{
+    DeviceDone, DeviceOutcome, Milestone, NodeOutcome, Observer, Progress, Transaction, change_devices,
+};
