@@ -333,6 +333,8 @@ impl Device {
         tracing::trace!(device = %self.bdf, ?request, ?reply, "firmware");
         if let Err(Fault::FspProtocol { .. }) = reply {
             self.fsp.distrust();
+            // Half a reply may be that of a device that is gone since; then that is what is wrong.
+            self.status()?;
         }
         reply
     }
