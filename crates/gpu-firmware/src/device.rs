@@ -399,7 +399,11 @@ impl Device {
             }
             let mut now = self.knob_state(knob)?;
             match (now.value, step.value) {
-                (None, wanted) if !knob::may_be_absent(chip, mode, knob, wanted) => {
+                // A knob that is missing counts as 0, but not against what the device has booted with.
+                (None, wanted)
+                    if !knob::may_be_absent(chip, mode, knob, wanted)
+                        || (knob == Knob::PPCIE && effective.has_ppcie()) =>
+                {
                     return Err(Fault::KnobUnsupported { knob });
                 }
                 (Some(from), Some(to)) if from != to => {
