@@ -485,6 +485,9 @@ impl Device {
         if *effective != mode || !knob::matches(self.chip(), mode, knobs) {
             return Err(Fault::VerifyFailed { want: mode, effective: *effective, knobs: knobs.clone() });
         }
+        // What was read last may have been all ones, and a knob of any value where the mode does not name it.
+        self.config_alive()?
+            .ok_or_else(|| Fault::OffBus { what: "configuration space does not answer any more".into() })?;
         Ok(observed)
     }
 }
