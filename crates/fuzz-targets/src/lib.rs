@@ -8,6 +8,7 @@
 #![allow(clippy::missing_panics_doc, reason = "the module's documentation says it of all of them")]
 
 mod config;
+mod firmware;
 mod modalias;
 mod resource;
 mod room;
@@ -15,6 +16,7 @@ mod tree;
 mod uevent;
 
 pub use config::config;
+pub use firmware::firmware;
 pub use modalias::modalias;
 pub use resource::resource;
 pub use tree::tree;
@@ -24,5 +26,11 @@ pub use uevent::uevent;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 5] =
-    [("config", config), ("modalias", modalias), ("resource", resource), ("tree", tree), ("uevent", uevent)];
+pub const TARGETS: [Target; 6] = [
+    ("config", config),
+    ("firmware", firmware),
+    ("modalias", modalias),
+    ("resource", resource),
+    ("tree", tree),
+    ("uevent", uevent),
+];

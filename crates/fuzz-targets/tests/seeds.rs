@@ -110,6 +110,29 @@ fn config_space() {
 }
 
 #[test]
+fn devices_that_lie() {
+    run("firmware", 6000);
+}
+
+/// Honest for so many reads, then so many lies, then honest again.
+#[test]
+fn a_lie_at_any_point_of_a_conversation() {
+    let lie = (0xa1..=0xff_u8, any::<u8>(), any::<u8>());
+    let inputs = (any::<u8>(), 0..400_usize, proptest::collection::vec(lie, 1..8));
+    let inputs = inputs.prop_map(|(setup, honest, lies)| {
+        let lies = lies.into_iter().flat_map(|(kind, one, two)| [kind, one, two]);
+        [setup, 0].into_iter().chain(std::iter::repeat_n(0, honest)).chain(lies).collect::<Vec<u8>>()
+    });
+    let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(6000) };
+    let outcome = TestRunner::new_with_rng(config, rng).run(&inputs, |input| {
+        fuzz_targets::firmware(&input);
+        Ok(())
+    });
+    outcome.unwrap();
+}
+
+#[test]
 fn modalias_and_its_list() {
     run("modalias", 20_000);
 }

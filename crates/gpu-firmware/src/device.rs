@@ -333,6 +333,8 @@ impl Device {
         tracing::trace!(device = %self.bdf, ?request, ?reply, "firmware");
         if let Err(Fault::FspProtocol { .. }) = reply {
             self.fsp.distrust();
+            // Half a reply may be that of a device that is gone since; then that is what is wrong.
+            self.status()?;
         }
         reply
     }
@@ -397,7 +399,11 @@ impl Device {
             }
             let mut now = self.knob_state(knob)?;
             match (now.value, step.value) {
-                (None, wanted) if !knob::may_be_absent(chip, mode, knob, wanted) => {
+                // A knob that is missing counts as 0, but not against what the device has booted with.
+                (None, wanted)
+                    if !knob::may_be_absent(chip, mode, knob, wanted)
+                        || (knob == Knob::PPCIE && effective.has_ppcie()) =>
+                {
                     return Err(Fault::KnobUnsupported { knob });
                 }
                 (Some(from), Some(to)) if from != to => {
@@ -479,6 +485,9 @@ impl Device {
         if *effective != mode || !knob::matches(self.chip(), mode, knobs) {
             return Err(Fault::VerifyFailed { want: mode, effective: *effective, knobs: knobs.clone() });
         }
+        // What was read last may have been all ones, and a knob of any value where the mode does not name it.
+        self.config_alive()?
+            .ok_or_else(|| Fault::OffBus { what: "configuration space does not answer any more".into() })?;
         Ok(observed)
     }
 }

@@ -69,4 +69,6 @@ pub use ownership::{
     Cost, Hold, OwnedDevice, Ownership, Places, Refused, Use, device_use, group_holders, group_is_free,
 };
 pub use plan::{NodePlan, Part, PlannedDevice};
-pub use transition::{DeviceDone, DeviceOutcome, Milestone, NodeOutcome, Observer, Progress, Transaction};
+pub use transition::{
+    DeviceDone, DeviceOutcome, Milestone, NodeOutcome, Observer, Progress, Transaction, change_devices,
+};

@@ -100,6 +100,11 @@ impl Effective {
             Self::InvalidDevtoolsOnly | Self::InvalidCcWithPpcie => None,
         }
     }
+
+    /// Whether protected PCIe is on, alone or not.
+    pub(crate) const fn has_ppcie(self) -> bool {
+        matches!(self, Self::Ppcie | Self::InvalidCcWithPpcie)
+    }
 }
 
 impl PartialEq<Mode> for Effective {

@@ -187,7 +187,7 @@ impl<'a> Transaction<'a> {
             };
             (owned.bdf(), open)
         });
-        run(openers.collect(), target, observer)
+        change_devices(openers.collect(), target, observer)
     }
 }
 
@@ -208,8 +208,9 @@ impl Transaction<'_> {
     }
 }
 
-/// The transaction over devices however they are opened.
-fn run<F>(devices: Vec<(Bdf, F)>, target: Mode, observer: &dyn Observer) -> NodeOutcome
+/// What [`Transaction::run`] does, over devices however they are opened: each is opened by its function, in a thread of its
+/// own, and closed when it is done.
+pub fn change_devices<F>(devices: Vec<(Bdf, F)>, target: Mode, observer: &dyn Observer) -> NodeOutcome
 where
     F: FnOnce() -> Result<Device, Error> + Send,
 {
@@ -359,7 +360,7 @@ mod tests {
         let seen = Mutex::new(Vec::new());
         let observer = |progress: &Progress| seen.lock().unwrap().push(progress.clone());
         let openers = gpus.iter().map(|gpu| (gpu.bdf(), || Ok(gpu.device()))).collect();
-        let outcome = run(openers, target, &observer);
+        let outcome = change_devices(openers, target, &observer);
         (outcome, seen.into_inner().unwrap())
     }
 
@@ -459,7 +460,7 @@ mod tests {
             assert!(progress.bdf != gpus[2].bdf() || progress.what != Milestone::ResetDone, "on purpose");
         };
         let openers = gpus.iter().map(|gpu| (gpu.bdf(), || Ok(gpu.device()))).collect();
-        let outcome = run(openers, Mode::On, &observer);
+        let outcome = change_devices(openers, Mode::On, &observer);
         let codes: Vec<_> = outcome.errors().map(Error::code).collect();
         assert_eq!(codes, ["Interrupted"]);
     }
@@ -509,7 +510,7 @@ mod tests {
                 let gpus = [FakeGpu::in_mode(from)];
                 let observer = StopAfter { after, seen: Mutex::default() };
                 let openers = gpus.iter().map(|gpu| (gpu.bdf(), || Ok(gpu.device()))).collect();
-                let outcome = run(openers, Mode::On, &observer);
+                let outcome = change_devices(openers, Mode::On, &observer);
                 let result = outcome.devices[0].result.as_ref().unwrap_err();
                 assert_eq!(*result.fault, Fault::Stopped { undone: after }, "{from}");
                 assert_eq!(gpus[0].requests_after_reset_are_vector_of(from), Ok(()), "{from} {after}");
