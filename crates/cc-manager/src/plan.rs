@@ -378,6 +378,29 @@ mod tests {
     }
 
     #[test]
+    fn every_code_has_a_row_in_the_documentation() {
+        let sources = [include_str!("plan.rs"), include_str!("controller.rs"), include_str!("executor.rs")];
+        let code_of = |line: &'static str| {
+            let (_, rest) = line
+                .split_once("code: \"")
+                .or_else(|| line.split_once("code = \""))
+                .or_else(|| line.split_once("TEE_LOST: &str = \""))?;
+            rest.split('"').next()
+        };
+        let is_code = |code: &&str| !code.is_empty() && code.chars().all(|letter| letter.is_ascii_alphabetic());
+        let codes: std::collections::BTreeSet<&str> = sources
+            .iter()
+            .flat_map(|source| source.split("#[cfg(test)]").next().unwrap_or_default().lines())
+            .filter_map(code_of)
+            .filter(is_code)
+            .collect();
+        assert!(codes.len() > 8 && codes.contains(TEE_LOST), "{codes:?}");
+        let page = include_str!("../../../docs/troubleshooting.md").split("## Codes of cc-manager").nth(1).unwrap();
+        let missing: Vec<&&str> = codes.iter().filter(|code| !page.contains(&format!("`{code}`"))).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+
+    #[test]
     fn an_unknown_mode_names_the_label_and_the_allowed_values() {
         let error = unknown_mode("bananas", Source::Label);
         for part in ["nvidia.com/cc.mode", "bananas", "off, on, devtools, ppcie"] {

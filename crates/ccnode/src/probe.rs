@@ -112,7 +112,7 @@ fn host(report: &Report) -> String {
         IommuState::Off => "off",
     };
     let present = |present: &bool| if *present { "present" } else { "absent" };
-    let kernel = kernel_release.as_deref().unwrap_or("unknown");
+    let kernel = printable(kernel_release.as_deref().unwrap_or("unknown"));
     let inferred = if found.inferred { " (inferred)" } else { "" };
     let nodes = format!("/dev/iommu {}, /dev/vfio/vfio {}", present(dev_iommu), present(dev_vfio));
     format!("Host: kernel {kernel}, TEE {tee}, lockdown {lockdown}{inferred}, IOMMU {iommu}, {nodes}\n")

@@ -30,6 +30,14 @@ fn hgx() -> PathBuf {
 }
 
 #[test]
+fn what_a_tree_says_of_its_kernel_does_not_reach_the_terminal_as_it_is() {
+    let sysfs = FakeSysfs::new();
+    sysfs.file("proc/sys/kernel/osrelease", "6.1\u{1b}[2J\n");
+    let (out, _) = probe(sysfs.path(), false).unwrap();
+    assert!(out.contains("kernel 6.1") && !out.contains('\u{1b}'), "{out:?}");
+}
+
+#[test]
 fn the_hgx_tree_has_8_gpus_and_4_switches() {
     let (out, notes) = probe(&hgx(), true).unwrap();
     assert_eq!(notes, "");
