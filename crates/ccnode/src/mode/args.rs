@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Subcommand;
-use gpu_firmware::Mode;
+use gpu_firmware::{Access, Mode};
 use hw_probe::Bdf;
 
 /// The commands of `ccnode mode`.
@@ -48,8 +48,8 @@ pub struct GetArgs {
     /// Devices, output and root.
     #[command(flatten)]
     pub node: NodeArgs,
-    /// Take ownership of the devices and ask their firmware: active mode, knobs, permissions. No device is reset; one that is in
-    /// use is left alone and named.
+    /// Take ownership of the devices and ask their firmware: active mode, knobs, permissions. No device is reset: one that is in
+    /// use is left alone and named, and so is one that cannot be asked without a reset (kernel lockdown, no VFIO group files).
     #[arg(long)]
     pub own: bool,
 }
@@ -63,7 +63,7 @@ pub struct PlanArgs {
     /// Devices, output and root.
     #[command(flatten)]
     pub node: NodeArgs,
-    /// Take ownership of the devices and read their knobs, so that the plan is exact. No device is reset.
+    /// Take ownership of the devices and read their knobs, so that the plan is exact. No device is reset, as for `mode get`.
     #[arg(long)]
     pub own: bool,
 }
@@ -80,6 +80,10 @@ pub struct SetArgs {
     /// Do not ask.
     #[arg(long, short)]
     pub yes: bool,
+    /// The way to the devices: auto, sysfs or vfio. Opening a VFIO device resets it, and so does closing it; auto does so only
+    /// where the kernel is locked down or has no VFIO group files.
+    #[arg(long, value_name = "WAY", default_value_t = Access::Auto)]
+    pub access: Access,
     /// Do it although cc-manager seems to manage this node, which will bring its devices back to what the node's label says.
     #[arg(long)]
     pub standalone: bool,

@@ -43,7 +43,7 @@ pub(super) fn run(args: &GetArgs, out: &mut impl Write, notes: &mut impl Write) 
     }
     let mut looks = node.look();
     if *own {
-        looks = look::owning(&node.places("get"), looks, None);
+        looks = look::owning(node.places("get"), looks, None);
     }
     if node_args.json {
         let devices = looks.iter().map(view).collect();

@@ -8,7 +8,7 @@ use agent_core::hostfile::HostDir;
 use agent_core::state::{DevicesFile, state_dir};
 use agent_core::text::chain;
 use gpu_firmware::{
-    Device, Effective, Error, Fault, Holder, KnobState, Mode, Observed, OwnedDevice, Ownership, Places, Support,
+    Access, Device, Effective, Error, Fault, Holder, KnobState, Mode, Observed, OwnedDevice, Ownership, Places, Support,
 };
 use hw_probe::{Bdf, Holders, PciFunction, SysRoot};
 use jiff::Timestamp;
@@ -202,8 +202,10 @@ fn unreadable(function: PciFunction, error: Error) -> Look {
 }
 
 /// Owns the devices and asks them, also whether they can be brought to `target`. One that cannot be had keeps what is known
-/// of it, with the error, and hinders no other.
-pub fn owning(places: &Places, looks: Vec<Look>, target: Option<Mode>) -> Vec<Look> {
+/// of it, with the error, and hinders no other. Nothing is reset: no VFIO device is opened, which would do so and activate
+/// staged knobs.
+pub fn owning(places: Places, looks: Vec<Look>, target: Option<Mode>) -> Vec<Look> {
+    let places = &places.with_access(Access::Sysfs);
     // A group has one owner, so its devices are owned together.
     let mut parties: BTreeMap<(Option<u32>, Option<Bdf>), Vec<PciFunction>> = BTreeMap::new();
     for look in &looks {

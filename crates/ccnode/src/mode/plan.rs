@@ -80,7 +80,7 @@ impl Plan {
         let whole = parts.devices.iter().all(|device| is_chosen(device.function.bdf));
         parts.devices.retain(|device| is_chosen(device.function.bdf));
         if own {
-            looks = look::owning(&node.places("plan"), looks, Some(target));
+            looks = look::owning(node.places("plan"), looks, Some(target));
         }
         let devices = parts.devices.into_iter().filter_map(|device| {
             let look = looks.iter().find(|look| look.function.bdf == device.function.bdf)?;

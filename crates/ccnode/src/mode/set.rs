@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use agent_core::text::chain;
 use anyhow::{Context as _, bail};
-use gpu_firmware::{Effective, Error, Fault, KnobWrite, Mode, NodeOutcome, Ownership, Part, Transaction};
+use gpu_firmware::{Choice, Effective, Error, Fault, KnobWrite, Mode, NodeOutcome, Ownership, Part, Transaction};
 use hw_probe::{Bdf, DeviceKind};
 use serde::Serialize;
 use tokio::sync::oneshot;
@@ -67,7 +67,7 @@ pub(super) fn run(
     notes: &mut (impl Write + Send),
     terminal: &Terminal,
 ) -> anyhow::Result<u8> {
-    let SetArgs { target, node: node_args, yes, standalone } = args;
+    let SetArgs { target, node: node_args, yes, access, standalone } = args;
     let node = Node::read(node_args)?;
     let (path, boot_id): (&Path, _) = (&node.path(), node.inventory.host.boot_id.as_deref());
     let plan = Plan::make(&node, node_args, *target, false)?;
@@ -84,7 +84,7 @@ pub(super) fn run(
     let functions = plan.functions();
     let json = node_args.json;
     if !plan.is_possible() {
-        return not_begun(&plan, &refusals, out, notes, json);
+        return not_begun(&plan, &refusals, true, out, notes, json);
     }
     if functions.is_empty() {
         // All are always off, or nothing is known of them.
@@ -103,14 +103,25 @@ pub(super) fn run(
     }
     // From here on a signal does not end the process.
     let stop = Stop::listen().context("Cannot listen for signals, so nothing is changed")?;
-    let ownership = match Ownership::take(&functions, &node.places("set")) {
-        Ok(ownership) => ownership,
-        Err(refused) => return not_begun(&plan, &refused.0, out, notes, json),
-    };
     let bdfs: Vec<Bdf> = functions.iter().map(|function| function.bdf).collect();
-    record::forget(path, boot_id, &bdfs)
-        .map_err(|error| anyhow::anyhow!("{}; others would believe it, so nothing is changed", chain(&error)))?;
-
+    let forget = || {
+        let cannot = |error| anyhow::anyhow!("{}; others would believe it, so nothing is changed", chain(&error));
+        record::forget(path, boot_id, &bdfs).map_err(cannot)
+    };
+    // Without group files devices are owned by opening them, which resets them and activates staged knobs.
+    let has_groups = node.root.join("sys/class/vfio").exists() || !node.root.join("sys/class/vfio-dev").exists();
+    if !has_groups {
+        forget()?;
+    }
+    let ownership = match Ownership::take(&functions, &node.places("set").with_access(*access)) {
+        Ok(ownership) => ownership,
+        Err(refused) => return not_begun(&plan, &refused.0, has_groups, out, notes, json),
+    };
+    forget()?;
+    for (Choice { access, why }, number) in choices(&ownership) {
+        // A reader that has gone does not end what has begun.
+        let _ = writeln!(notes, "Reached through {access}, {why}: {number} of {} devices", functions.len());
+    }
     let board = Board::new(notes, terminal.live && !json, &functions);
     let outcome = thread::scope(|scope| {
         let (end, ended) = oneshot::channel();
@@ -130,10 +141,24 @@ pub(super) fn run(
     report(&plan, &outcome, &refusals, &ways, stopped, out, json)
 }
 
-/// Tells why nothing was touched.
+/// The ways to the devices, and how many are reached by each.
+fn choices(ownership: &Ownership) -> Vec<(Choice, usize)> {
+    let mut choices: Vec<(Choice, usize)> = Vec::new();
+    // A device that cannot be reached fails by itself, with the reason.
+    for choice in ownership.devices().iter().filter_map(|device| device.choice().ok()) {
+        match choices.iter_mut().find(|(other, _)| *other == choice) {
+            Some((_, number)) => *number += 1,
+            None => choices.push((choice, 1)),
+        }
+    }
+    choices
+}
+
+/// Tells why nothing was begun, and whether nothing was touched.
 fn not_begun(
     plan: &Plan,
     errors: &[Error],
+    is_untouched: bool,
     out: &mut impl Write,
     notes: &mut impl Write,
     json: bool,
@@ -170,7 +195,8 @@ fn not_begun(
     for error in errors {
         writeln!(notes, "{}", printable(&error.line()))?;
     }
-    writeln!(notes, "Nothing was touched")?;
+    let end = if is_untouched { "Nothing was touched" } else { "No mode was changed" };
+    writeln!(notes, "{end}")?;
     Ok(COULD_NOT_RUN)
 }
 
