@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use crate::args::DoctorArgs;
 use crate::checks::{CHECKS, Facts, Finding, Outcome, examine};
-use crate::{FAILED, SUCCESS, printable, probe};
+use crate::source::Source;
+use crate::{FAILED, SUCCESS, printable};
 
 /// What `--json` prints. Within a schema number fields are only added, and a check keeps its id.
 #[derive(Debug, Serialize)]
@@ -68,7 +69,7 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write, colour: bool) -> anyhow::Res
         writeln!(out, "{}: {}\n\n{}", check.id, check.title, check.explanation)?;
         return Ok(SUCCESS);
     }
-    let facts = Facts::read(&probe::tree(root)?);
+    let facts = Facts::read(&Source::open(root)?);
     let answer = Answer::of(&facts);
     if *json {
         let text = serde_json::to_string_pretty(&answer).context("The answer cannot be put into JSON")?;

@@ -1,19 +1,25 @@
 //! Command line for people: what a node is, and why it is not ready.
 //!
-//! Every command reads only: it opens no device, wakes none and resets none, so it is safe beside running virtual
+//! Every command reads only: it opens no VFIO device, wakes none and resets none, so it is safe beside running virtual
 //! machines.
 
 #![forbid(unsafe_code)]
 
+mod archive;
 pub mod args;
+pub mod bundle;
+pub mod cc;
 pub mod checks;
 pub mod doctor;
 mod generate;
 pub mod nfd;
 pub mod node;
+pub mod nvml;
 pub mod pod_resources;
 pub mod probe;
+pub mod redact;
 pub mod report;
+pub mod source;
 mod table;
 pub mod watch;
 
@@ -35,6 +41,7 @@ pub fn run(args: &Args, out: &mut impl Write, notes: &mut impl Write, colour: bo
     let Args { command } = args;
     let (result, otherwise) = match command {
         Command::Probe(args) => (probe::run(args, out, notes).map(|()| SUCCESS), FAILED),
+        Command::Bundle(args) => (bundle::run(args, out, notes).map(|()| SUCCESS), FAILED),
         Command::Doctor(args) => (doctor::run(args, out, colour), COULD_NOT_RUN),
         Command::Completions { shell } => (generate::completions(*shell, out).map(|()| SUCCESS), FAILED),
         Command::Man => (generate::man(out).map(|()| SUCCESS), FAILED),

@@ -244,6 +244,8 @@ mod tests {
         }
     }
 
+    type Case<'a> = (u16, u32, u32, &'a [(u32, CcMode)]);
+
     #[test]
     fn the_mode_of_an_idle_gpu_is_read() {
         // device, boot scratch, mode register, its words and what they mean (gpu-cc-protocol sections 3 and 5.1)
@@ -258,7 +260,6 @@ mod tests {
         ];
         let blackwell =
             [(0, CcMode::Off), (1, CcMode::On), (3, CcMode::Devtools), (2, CcMode::Invalid), (0x44, CcMode::Off)];
-        type Case<'a> = (u16, u32, u32, &'a [(u32, CcMode)]);
         let cases: [Case; 3] = [
             (0x2330, 0x2_00bc, 0x11_82cc, &hopper),
             (0x2901, 0x2_00bc, 0x590, &blackwell),
@@ -324,10 +325,11 @@ mod tests {
         assert_eq!(look(&fake), expected);
     }
 
+    type Cause = (fn(&FakeSysfs), &'static str);
+
     #[test]
     fn what_is_not_idle_is_not_read() {
-        type Case = (fn(&FakeSysfs), &'static str);
-        let cases: [Case; 13] = [
+        let cases: [Cause; 13] = [
             (|fake| _ = fake.get(GPU).driver("nvidia"), "those of the driver nvidia"),
             (|fake| _ = fake.get(GPU).power("auto", "suspended", "D3hot"), "asleep; use `ccnode mode get --own`"),
             (|fake| _ = fake.get(GPU).power("on", "active", "D3hot"), "asleep"),
