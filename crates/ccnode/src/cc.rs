@@ -104,9 +104,9 @@ impl CcState {
                     CcMode::Invalid => "invalid: set any mode to cure it",
                 };
                 let source = if source == Some(Source::Nvml) { "NVML, for all GPUs of the driver" } else { "register" };
-                format!("CC mode {mode} (by {source})")
+                format!("Mode {mode} (by {source})")
             }
-            (None, _, reason) => format!("CC mode not known: {}", reason.as_deref().unwrap_or("no reason given")),
+            (None, _, reason) => format!("Mode not known: {}", reason.as_deref().unwrap_or("no reason given")),
         }
     }
 }
