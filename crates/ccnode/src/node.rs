@@ -126,7 +126,7 @@ fn socket(root: &SysRoot, path: &str) -> Socket {
 }
 
 /// The text of a regular file; a pipe in its place does not make us wait.
-fn text(path: &Path) -> Result<String, String> {
+pub(crate) fn text(path: &Path) -> Result<String, String> {
     let cannot = |error: io::Error| format!("Cannot be read: {error}");
     let options = fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path);
     let file = options.map_err(cannot)?;

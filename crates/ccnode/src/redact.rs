@@ -4,14 +4,13 @@
 //! kernel's command line the words that concern the checks. Second, in every free text that remains: host name, UUIDs,
 //! addresses, long numbers, tokens, and values of names that sound like secrets.
 
-use std::fs;
 use std::sync::LazyLock;
 
 use hw_probe::{Fault, Holder, Problem, SysRoot};
 use regex_lite::{NoExpand, Regex};
 
 use crate::checks::Facts;
-use crate::node::NodeFiles;
+use crate::node::{NodeFiles, text};
 use crate::pod_resources::Get;
 
 /// What stands in the manifest for people.
@@ -68,8 +67,7 @@ impl Redactor {
     pub fn of(root: &SysRoot) -> Self {
         let mut names = Vec::new();
         for path in ["proc/sys/kernel/hostname", "etc/hostname"] {
-            let text = fs::read(root.join(path)).unwrap_or_default();
-            let name = String::from_utf8_lossy(text.get(..text.len().min(512)).unwrap_or_default()).trim().to_owned();
+            let name = text(&root.join(path)).unwrap_or_default().trim().chars().take(LONGEST).collect::<String>();
             names.extend(name.split_once('.').map(|(short, _)| short.to_owned()));
             names.push(name);
         }
