@@ -20,7 +20,8 @@ pub enum Command {
     /// Show the host and every NVIDIA device: driver, IOMMU group, VFIO node, power, what the model can do.
     ///
     /// Reads only: no device is opened, woken or reset, so this is safe while virtual machines run. What a model can do comes
-    /// from its ids; whether a device is in CC mode now is not asked. Ends with 0 also when there is no GPU.
+    /// from its ids; whether a device is in CC mode now is asked with --registers only, and of NVML where the NVIDIA driver has the
+    /// GPU and this build can. Ends with 0 also when there is no GPU.
     Probe(ProbeArgs),
     /// Tell what keeps this node from running confidential GPU pods, with the cure of each.
     ///
@@ -33,6 +34,11 @@ pub enum Command {
         #[command(subcommand)]
         command: crate::mode::args::ModeCommand,
     },
+    /// Pack everything that `probe` and `doctor` look at into one archive, without secrets and names, for somebody else to look at.
+    ///
+    /// Reads only, as they do. `probe --root` and `doctor --root` replay the archive, and `cargo lab run --topology` builds a virtual node
+    /// like it. docs/bundle.md says what is in it and what is taken out; look through it before you send it.
+    Bundle(BundleArgs),
     /// Print the completion script for a shell.
     Completions {
         /// The shell.
@@ -58,13 +64,16 @@ pub struct ProbeArgs {
     /// With --watch: how often to look even if the kernel tells of no event (such as 500ms, 10s, 1m).
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = agent_core::text::duration)]
     pub poll: Duration,
+    /// Also read three registers of each device that is idle and awake, by BAR0: which silicon, whether it has booted, in which mode.
+    #[arg(long, conflicts_with_all = ["watch", "nfd"])]
+    pub registers: bool,
     /// Write the facts as a feature file of Node Feature Discovery instead of printing them.
     #[arg(long)]
     pub nfd: bool,
     /// With --nfd: the folder that Node Feature Discovery reads.
     #[arg(long, value_name = "DIR", default_value = crate::nfd::FOLDER)]
     pub nfd_dir: PathBuf,
-    /// Read sys, proc and dev below this directory: a recorded tree, or a host's root mounted into a container.
+    /// Read sys, proc and dev below this directory: a recorded tree, or a host's root mounted into a container; or replay this bundle.
     #[arg(long, value_name = "DIR", env = "CCNODE_ROOT", default_value = "/")]
     pub root: PathBuf,
 }
@@ -78,6 +87,18 @@ pub struct DoctorArgs {
     /// Print what this check is about, instead of running any.
     #[arg(long, value_name = "CHECK")]
     pub explain: Option<String>,
+    /// Read sys, proc, dev, etc and var below this directory: a recorded tree, or a host's root mounted into a container; or replay this
+    /// bundle.
+    #[arg(long, value_name = "DIR", env = "CCNODE_ROOT", default_value = "/")]
+    pub root: PathBuf,
+}
+
+/// Flags of `ccnode bundle`.
+#[derive(Debug, clap::Args)]
+pub struct BundleArgs {
+    /// The archive to write; one that is there is replaced. Only its owner can read it.
+    #[arg(long, value_name = "FILE", default_value = "ccnode-bundle.tar.gz")]
+    pub output: PathBuf,
     /// Read sys, proc, dev, etc and var below this directory: a recorded tree, or a host's root mounted into a container.
     #[arg(long, value_name = "DIR", env = "CCNODE_ROOT", default_value = "/")]
     pub root: PathBuf,
@@ -111,6 +132,8 @@ mod tests {
             &["ccnode", "probe", "--nfd", "--yaml"],
             &["ccnode", "probe", "--yaml", "--watch"],
             &["ccnode", "probe", "--nfd", "--watch"],
+            &["ccnode", "probe", "--registers", "--watch"],
+            &["ccnode", "bundle", "--json"],
             &["ccnode", "probe", "--poll", "soon"],
             &["ccnode", "completions", "cmd.exe"],
         ] {

@@ -3,14 +3,13 @@
 use std::collections::BTreeSet;
 
 use hw_probe::acs::Acs;
-use hw_probe::{
-    Architecture, CcEnable, Fault, Holder, IommuState, Lockdown, ModuleState, PciFunction, Problem, SysRoot, Tee,
-};
+use hw_probe::{Architecture, CcEnable, Fault, Holder, IommuState, Lockdown, ModuleState, PciFunction, Problem, Tee};
 use serde::Serialize;
 
 use crate::node::Socket;
 use crate::pod_resources::{Get, get};
-use crate::report::{Blocker, Device, Report};
+use crate::report::{Ask, Blocker, Device, Report};
+use crate::source::Source;
 
 /// Most lines of evidence of one check.
 const MOST_LINES: usize = 24;
@@ -28,8 +27,11 @@ pub struct Facts {
 
 impl Facts {
     /// Reads the node; asks the kubelet if its socket is there.
-    pub fn read(root: &SysRoot) -> Self {
-        let report = Report::read(root);
+    pub fn read(source: &Source) -> Self {
+        let (report, root) = (source.report(&Ask::default()), source.root());
+        if let Some(live) = source.live() {
+            return Self { report, get: live.get.clone(), has_node_files: live.has_node_files };
+        }
         let socket = &report.node.kubelet.pod_resources_socket;
         let get = if socket.present {
             get(&root.join(socket.path.trim_start_matches('/')))
@@ -692,7 +694,8 @@ fn holders(facts: &Facts) -> Verdict {
     let line = |holder: &Holder| {
         let Holder { node, pid, comm, pod_uid, .. } = holder;
         let pod = pod_uid.as_ref().map_or_else(String::new, |uid| format!(", pod {uid}"));
-        format!("{node} is held by {comm} (pid {pid}{pod})")
+        let pid = pid.map_or_else(String::new, |pid| format!(" (pid {pid}{pod})"));
+        format!("{node} is held by {comm}{pid}")
     };
     let driven = found.list.iter().any(|holder| holder.node.starts_with("/dev/nvidia"));
     let mut evidence: Vec<String> = found.list.iter().map(line).collect();

@@ -9,7 +9,8 @@ use serde::Serialize;
 
 use crate::args::DoctorArgs;
 use crate::checks::{CHECKS, Facts, Finding, Outcome, examine};
-use crate::{FAILED, SUCCESS, printable, probe};
+use crate::source::Source;
+use crate::{FAILED, SUCCESS, printable};
 
 /// What `--json` prints. Within a schema number fields are only added, and a check keeps its id.
 #[derive(Debug, Serialize)]
@@ -69,7 +70,7 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write, colour: bool) -> anyhow::Res
         writeln!(out, "{}: {}\n\n{}", check.id, check.title, check.explanation)?;
         return Ok(SUCCESS);
     }
-    let facts = Facts::read(&probe::tree(root)?);
+    let facts = Facts::read(&Source::open(root)?);
     if facts.report.parts().next().is_none()
         && let Some(Problem { path, message, .. }) = facts.report.doubts.first()
     {

@@ -5,16 +5,22 @@
 
 #![forbid(unsafe_code)]
 
+mod archive;
 pub mod args;
+pub mod bundle;
+pub mod cc;
 pub mod checks;
 pub mod doctor;
 mod generate;
 pub mod mode;
 pub mod nfd;
 pub mod node;
+pub mod nvml;
 pub mod pod_resources;
 pub mod probe;
+pub mod redact;
 pub mod report;
+pub mod source;
 mod table;
 pub mod watch;
 
@@ -36,6 +42,7 @@ pub fn run(args: &Args, out: &mut impl Write, notes: &mut (impl Write + Send), c
     let Args { command } = args;
     let (result, otherwise) = match command {
         Command::Probe(args) => (probe::run(args, out, notes).map(|()| SUCCESS), FAILED),
+        Command::Bundle(args) => (bundle::run(args, out, notes).map(|()| SUCCESS), FAILED),
         Command::Doctor(args) => (doctor::run(args, out, colour), COULD_NOT_RUN),
         Command::Mode { command } => (mode::run(command, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),
         Command::Completions { shell } => (generate::completions(*shell, out).map(|()| SUCCESS), FAILED),

@@ -19,7 +19,7 @@ const MOST_FILES: usize = 256;
 pub const KUBELET: &str = "var/lib/kubelet";
 
 /// What the files say.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeFiles {
     /// The kubelet.
     pub kubelet: Kubelet,
@@ -30,7 +30,7 @@ pub struct NodeFiles {
 }
 
 /// The kubelet's sockets.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kubelet {
     /// Whether its folder is there.
     pub folder: bool,
@@ -41,7 +41,7 @@ pub struct Kubelet {
 }
 
 /// A socket file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Socket {
     /// Path on the node.
     pub path: String,
@@ -52,7 +52,7 @@ pub struct Socket {
 }
 
 /// A folder of CDI files.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CdiFolder {
     /// Path on the node.
     pub path: String,
@@ -63,7 +63,7 @@ pub struct CdiFolder {
 }
 
 /// A CDI file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CdiFile {
     /// File name.
     pub file: String,
@@ -79,7 +79,7 @@ pub struct CdiFile {
 
 /// Containerd's configuration as far as it concerns Kata, and Kata itself. Runtime classes are objects of the cluster, which
 /// no file of the node shows; the handlers that they name are `runtimes`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kata {
     /// Containerd's configuration, with the files that it imports.
     pub containerd_files: Vec<String>,
@@ -126,7 +126,7 @@ fn socket(root: &SysRoot, path: &str) -> Socket {
 }
 
 /// The text of a regular file; a pipe in its place does not make us wait.
-fn text(path: &Path) -> Result<String, String> {
+pub(crate) fn text(path: &Path) -> Result<String, String> {
     let cannot = |error: io::Error| format!("Cannot be read: {error}");
     let options = fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path);
     let file = options.map_err(cannot)?;

@@ -6,14 +6,14 @@ use std::time::Duration;
 use kubelet_api::pod_resources::GetPodResourcesRequest;
 use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerClient;
 use kubelet_api::socket::connect;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tonic::{Code, Status};
 
 /// Longest wait for connection and answer together.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What became of a `Get` for a pod that does not exist.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
 pub enum Get {
     /// It answers.

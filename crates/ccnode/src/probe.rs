@@ -2,32 +2,26 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
-use std::path::Path;
 
 use anyhow::{Context as _, ensure};
-use hw_probe::{CcEnable, DeviceKind, Fault, HostFacts, IommuState, Lockdown, PciFunction, Problem, SysRoot, Tee};
+use hw_probe::{CcEnable, DeviceKind, Fault, HostFacts, IommuState, Lockdown, PciFunction, Problem, Tee};
 
 use crate::args::ProbeArgs;
-use crate::report::{Blocker, Device, Report};
-use crate::{nfd, printable, table, watch};
-
-/// The tree at `root`, if there is one.
-pub(crate) fn tree(root: &Path) -> anyhow::Result<SysRoot> {
-    ensure!(
-        root.join("sys").is_dir(),
-        "{}: There is no directory sys in it; --root takes the root directory of a node or of a recorded tree",
-        root.display()
-    );
-    Ok(SysRoot::at(root))
-}
+use crate::cc::{OpenNvml, is_nvmls};
+use crate::report::{Ask, Blocker, Device, Report};
+use crate::source::Source;
+use crate::{nfd, nvml, printable, table, watch};
 
 /// Runs the command.
 pub fn run(args: &ProbeArgs, out: &mut impl Write, notes: &mut impl Write) -> anyhow::Result<()> {
-    let ProbeArgs { json, yaml, watch, poll, nfd, nfd_dir, root } = args;
-    let root = tree(root)?;
+    let ProbeArgs { json, yaml, watch, poll, registers, nfd, nfd_dir, root } = args;
+    let source = Source::open(root)?;
+    ensure!(!(*watch && source.live().is_some()), "{}: A bundle does not change; leave --watch out", root.display());
     // Listening starts before the first report, so that nothing falls in between.
-    let follow = watch.then(|| watch::Follow::new(&root, *poll));
-    let report = Report::read(&root);
+    let follow = watch.then(|| watch::Follow::new(source.root(), *poll));
+    // The library knows the running machine alone.
+    let nvml: Option<OpenNvml> = source.root().is_host().then_some(nvml::open);
+    let report = source.report(&Ask { registers: *registers, nvml });
     if *nfd {
         let path = nfd::write(&report, nfd_dir)?;
         writeln!(out, "{}", path.display())?;
@@ -200,6 +194,11 @@ fn remarks(report: &Report) -> Vec<String> {
             if !matches!(fault, Fault::ConfigUnreadable { .. }) {
                 remarks.push(format!("{bdf}: {fault}"));
             }
+        }
+        // Where nobody asked there is nothing to say, but of a GPU whose registers its driver keeps.
+        let asked = device.registers.is_some() || is_nvmls(&device.function);
+        if let Some(cc) = device.cc.as_ref().filter(|_| asked) {
+            remarks.push(format!("{bdf}: {}", cc.text()));
         }
         if let Some(group) = device.function.iommu_group {
             for Blocker { bdf: member, driver } in &device.group_blockers {

@@ -2,12 +2,14 @@
 
 use hw_probe::acs::{Port, Ports};
 use hw_probe::config::Liveness;
+use hw_probe::registers::{self, Registers};
 use hw_probe::{
     Bdf, Condition, Fault, Holders, HostDetails, HostFacts, Inventory, NVIDIA, PciFunction, Problem, SysRoot,
     Unclassified, holders, pci_ids_name,
 };
 use serde::Serialize;
 
+use crate::cc::{CcState, Nvml, NvmlFacts, OpenNvml, is_nvmls};
 use crate::node::NodeFiles;
 
 /// What `ccnode probe --json` prints. Within a schema number fields are only added; a field that changes its meaning or goes
@@ -55,6 +57,23 @@ pub struct Device {
     pub group_blockers: Vec<Blocker>,
     /// Those of them that are neither bridges nor functions of the same card.
     pub group_strangers: Vec<Bdf>,
+    /// In which mode it is, and who says so; none of functions that have no modes.
+    pub cc: Option<CcState>,
+    /// What its registers say, where that was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registers: Option<Registers>,
+    /// What NVIDIA's management library says, where that was asked and answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nvml: Option<NvmlFacts>,
+}
+
+/// What is asked besides files.
+#[derive(Clone, Copy, Default)]
+pub struct Ask {
+    /// The registers of idle devices.
+    pub registers: bool,
+    /// NVIDIA's management library, about GPUs that its driver has.
+    pub nvml: Option<OpenNvml>,
 }
 
 /// A function that keeps VFIO from taking an IOMMU group.
@@ -70,16 +89,25 @@ impl Report {
     /// The schema number of this version.
     pub const SCHEMA: u32 = 1;
 
-    /// Scans the node.
+    /// Scans the node, and asks nothing but files.
     pub fn read(root: &SysRoot) -> Self {
+        Self::asking(root, &Ask::default())
+    }
+
+    /// Scans the node.
+    pub fn asking(root: &SysRoot, ask: &Ask) -> Self {
         let inventory = Inventory::scan(root);
         let host_details = HostDetails::read(root, &inventory);
         let mut problems = inventory.problems.clone();
         let nvidia = inventory.functions.iter().filter(|function| function.vendor == NVIDIA);
         let mut ports = Ports::default();
-        let devices =
+        let mut devices: Vec<Device> =
             nvidia.map(|function| Device::read(root, &inventory, function, &mut ports, &mut problems)).collect();
         let (holders, node) = (holders(root), NodeFiles::read(root));
+        let nvml = ask.nvml.filter(|_| devices.iter().any(|device| is_nvmls(&device.function))).map(|open| open());
+        for device in &mut devices {
+            device.ask(root, ask, &holders, nvml.as_ref());
+        }
         let doubts = inventory.doubts().cloned().collect();
         let unclassified = inventory.unclassified.into_iter().filter(Unclassified::may_be_nvidia).collect();
         let (schema, host) = (Self::SCHEMA, inventory.host);
@@ -143,8 +171,26 @@ impl Device {
                 .collect(),
             group_blockers: blockers,
             group_strangers: strangers.collect(),
+            cc: None,
+            registers: None,
+            nvml: None,
             function: function.clone(),
         }
+    }
+
+    /// Finds out the mode, as far as it may be asked for.
+    fn ask(&mut self, root: &SysRoot, ask: &Ask, holders: &Holders, nvml: Option<&Result<Box<dyn Nvml>, String>>) {
+        let function = &self.function;
+        if ask.registers && (function.is_gpu() || function.is_nvswitch()) {
+            let condition = Condition { liveness: self.liveness, faults: self.faults.clone() };
+            self.registers = Some(registers::read(root, function, &condition, holders));
+        }
+        let answer = nvml.filter(|_| is_nvmls(function)).map(|nvml| match nvml {
+            Ok(nvml) => nvml.ask(function.bdf),
+            Err(reason) => Err(reason.clone()),
+        });
+        self.cc = CcState::of(function, self.registers.as_ref(), answer.as_ref());
+        self.nvml = answer.and_then(Result::ok);
     }
 
     /// Product name with the board's form, for people.

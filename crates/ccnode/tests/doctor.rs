@@ -9,6 +9,7 @@ use std::path::Path;
 use ccnode::args::Args;
 use ccnode::checks::{CHECKS, Facts, Finding, Outcome, examine};
 use ccnode::pod_resources::Get;
+use ccnode::source::Source;
 use clap::Parser as _;
 use hw_probe::testing::FakeSysfs;
 use hw_probe::{Lockdown, Tee};
@@ -494,7 +495,7 @@ fn a_kubelet_is_really_asked() {
             });
         });
         is_up.recv().unwrap();
-        let get = Facts::read(&fake.root()).get;
+        let get = Facts::read(&Source::open(fake.path()).unwrap()).get;
         assert_eq!(get, if disabled { Get::Disabled { message: says.into() } } else { Get::Answers });
     }
 }

@@ -444,6 +444,25 @@ fn is_text(path: &Path) -> bool {
     }
 }
 
+/// A bundle of such a tree can be made, and tells the same of the healthy GPU.
+fn check_bundle(folder: &str, healthy: &serde_json::Value) {
+    let target = tempfile::tempdir().expect("A temporary folder can be made");
+    let archive = target.path().join("node.tar.gz");
+    let archive = archive.to_str().expect("The path is text");
+    let run = |words: &[&str]| {
+        let args = Args::try_parse_from([&["ccnode"], words].concat()).expect("The command line is right");
+        let (mut out, mut notes) = (Vec::new(), Vec::new());
+        let code = ccnode::run(&args, &mut out, &mut notes, false);
+        assert_eq!(code, ccnode::SUCCESS, "{words:?}: {}", String::from_utf8_lossy(&notes));
+        out
+    };
+    run(&["bundle", "--output", archive, "--root", folder]);
+    let replayed = run(&["probe", "--json", "--root", archive]);
+    let replayed: serde_json::Value = serde_json::from_slice(&replayed).expect("It prints JSON");
+    let devices = replayed["devices"].as_array().expect("probe tells devices");
+    assert_eq!(devices.iter().find(|device| device["bdf"] == HEALTHY), Some(healthy));
+}
+
 /// What a person gets of such a tree, by one of the ways to ask.
 fn check_programs(folder: &Path, way: u8) {
     let words = [&["probe", "--json"][..], &["doctor", "--json"], &["probe"], &["doctor"]][usize::from(way) % 4];
@@ -468,6 +487,7 @@ fn check_programs(folder: &Path, way: u8) {
             [&healthy["name"], &healthy["liveness"], &healthy["driver"], &healthy["faults"]],
             [&"H100".into(), &"answers".into(), &"vfio-pci".into(), &serde_json::json!([])]
         );
+        check_bundle(folder, healthy);
     } else {
         for check in answer["checks"].as_array().expect("doctor tells checks") {
             let is_bad = check["result"] == "failed" || check["result"] == "warning";

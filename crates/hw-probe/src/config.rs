@@ -198,6 +198,19 @@ impl ConfigSpace {
         self.array(offset).map(u32::from_le_bytes)
     }
 
+    /// The same without what identifies one device: the 64-bit serial number (extended capability 3, which of a network card is
+    /// its address) and the word of product data that was read last (classic capability 3). Zeros stand in their place.
+    #[must_use]
+    pub fn without_serials(&self) -> Self {
+        let mut bytes = self.0.clone();
+        for found in self.capabilities().into_iter().filter(|found| found.id == 3) {
+            let start = usize::from(found.offset) + 4;
+            let length = if found.is_extended { 8 } else { 4 };
+            bytes.iter_mut().skip(start).take(length).for_each(|byte| *byte = 0);
+        }
+        Self(bytes)
+    }
+
     /// All capabilities, in the order of the two lists. Both walks are bounded, step over entries that a hypervisor hid
     /// (id 0), and end at the first link that leads nowhere or back.
     pub fn capabilities(&self) -> Vec<Capability> {
@@ -290,6 +303,21 @@ mod tests {
 
     fn list(config: &ConfigSpace) -> Vec<(u16, u16, bool)> {
         config.capabilities().into_iter().map(|found| (found.id, found.offset, found.is_extended)).collect()
+    }
+
+    #[test]
+    fn serial_numbers_are_taken_out() {
+        let mut bytes = h200_config();
+        // The last of the real list at 0x2f0 is the serial number; the classic list gets product data behind MSI-X.
+        bytes[0x2f4..0x2fc].copy_from_slice(&[0xab; 8]);
+        bytes[0xb1] = 0xc0;
+        bytes[0xc0..0xc8].copy_from_slice(&[3, 0, 0, 0x80, 0xcd, 0xcd, 0xcd, 0xcd]);
+        let clean = ConfigSpace::from_bytes(&bytes).without_serials();
+        assert!(!clean.as_bytes().iter().any(|byte| matches!(byte, 0xab | 0xcd)));
+        assert_eq!(list(&clean), list(&ConfigSpace::from_bytes(&bytes)));
+        // Nothing else changes, and a list that ends early is no harm.
+        assert_eq!(ConfigSpace::from_bytes(&h200_config()).without_serials().as_bytes(), h200_config());
+        assert_eq!(ConfigSpace::from_bytes(&bytes[..0xc2]).without_serials().as_bytes().len(), 0xc2);
     }
 
     #[test]

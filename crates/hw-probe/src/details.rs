@@ -107,7 +107,7 @@ impl ModuleState {
 }
 
 /// Modules told of, in this order.
-const MODULES: [&str; 9] =
+pub(crate) const MODULES: [&str; 9] =
     ["vfio", "vfio_pci", "vfio_iommu_type1", "iommufd", "kvm_amd", "kvm_intel", "ccp", "nvidia", "nouveau"];
 
 /// A kernel's lists of modules are larger than attributes, and bounded all the same.
@@ -119,7 +119,7 @@ impl HostDetails {
         let mut node = Node::new(root, "", None);
         let command_line = read_text(&root.join("proc/cmdline"), 64 << 10);
         let cpu = read_text(&root.join("proc/cpuinfo"), 64 << 10);
-        let words: Vec<String> = command_line.split_whitespace().filter(|word| is_hint(word)).map(excerpt).collect();
+        let words = hints(&command_line);
         let groups = node.entries("sys/kernel/iommu_groups");
         let real = |group: &&String| {
             node.text(&format!("sys/kernel/iommu_groups/{group}/name")).as_deref() != Some("vfio-noiommu")
@@ -145,6 +145,11 @@ impl HostDetails {
 
 fn read_text(path: &Path, most: u64) -> String {
     String::from_utf8_lossy(&read_head(path, most).unwrap_or_default()).into_owned()
+}
+
+/// The words of a kernel's command line that are told; all others may be anybody's secrets.
+pub(crate) fn hints(command_line: &str) -> Vec<String> {
+    command_line.split_whitespace().filter(|word| is_hint(word)).map(excerpt).collect()
 }
 
 fn is_hint(word: &str) -> bool {
@@ -176,15 +181,34 @@ fn cpu_line<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
+/// KVM's parameters that concern confidential virtual machines.
+pub(crate) const PARAMETERS: [&str; 4] = [
+    "sys/module/kvm_amd/parameters/sev",
+    "sys/module/kvm_amd/parameters/sev_es",
+    "sys/module/kvm_amd/parameters/sev_snp",
+    "sys/module/kvm_intel/parameters/tdx",
+];
+
+/// CPU flags that concern them.
+const FLAGS: [&str; 5] = ["sev", "sev_es", "sev_snp", "tdx_host_platform", "tme"];
+
+/// Those lines of `/proc/cpuinfo` from which anything is told, once each, with those flags only.
+pub(crate) fn cpu_facts(text: &str) -> String {
+    let mut facts = String::new();
+    for name in ["vendor_id", "flags", "address sizes"] {
+        let Some(value) = cpu_line(text, name) else { continue };
+        let told = |flag: &&str| *flag == "hypervisor" || FLAGS.contains(flag);
+        let value = match name {
+            "flags" => value.split(' ').filter(told).collect::<Vec<_>>().join(" "),
+            _ => excerpt(value),
+        };
+        facts.extend([name, "\t: ", &value, "\n"]);
+    }
+    facts
+}
+
 impl TeeEvidence {
     fn read(node: &mut Node, cpu: &str, inventory: &Inventory) -> Self {
-        const PARAMETERS: [&str; 4] = [
-            "sys/module/kvm_amd/parameters/sev",
-            "sys/module/kvm_amd/parameters/sev_es",
-            "sys/module/kvm_amd/parameters/sev_snp",
-            "sys/module/kvm_intel/parameters/tdx",
-        ];
-        const FLAGS: [&str; 5] = ["sev", "sev_es", "sev_snp", "tdx_host_platform", "tme"];
         let flags = cpu_line(cpu, "flags").unwrap_or_default();
         let mut parameter = |path: &str| {
             let value = excerpt(&node.word(path)?);
@@ -261,16 +285,20 @@ fn candidate(root: &SysRoot, inventory: &Inventory) -> Option<(crate::Bdf, std::
     idle.iter().chain(&bound).find_map(bar)
 }
 
-fn modules(root: &SysRoot, release: Option<&str>) -> Vec<Module> {
+/// One of the lists of modules that a kernel comes with (`modules.dep`).
+pub(crate) fn module_list(root: &SysRoot, release: &str, name: &str) -> Option<String> {
     // A release that is no plain name would lead out of the folder.
-    let release = release.filter(|release| !release.contains('/') && !release.starts_with('.'));
-    let list = |name: &str| {
-        let folders = ["lib/modules", "usr/lib/modules"];
-        folders.iter().find_map(|folder| {
-            let path = root.join(folder).join(release?).join(name);
-            Some(String::from_utf8_lossy(&read_head(&path, MOST_OF_A_LIST).ok()?).into_owned())
-        })
-    };
+    if release.contains('/') || release.starts_with('.') {
+        return None;
+    }
+    ["lib/modules", "usr/lib/modules"].iter().find_map(|folder| {
+        let path = root.join(folder).join(release).join(name);
+        Some(String::from_utf8_lossy(&read_head(&path, MOST_OF_A_LIST).ok()?).into_owned())
+    })
+}
+
+fn modules(root: &SysRoot, release: Option<&str>) -> Vec<Module> {
+    let list = |name: &str| module_list(root, release?, name);
     let (built_in, on_disk) = (list("modules.builtin"), list("modules.dep"));
     let state = |name: &str| {
         let directory = root.join("sys/module").join(name);
@@ -291,11 +319,14 @@ fn modules(root: &SysRoot, release: Option<&str>) -> Vec<Module> {
 
 /// Lines start with the path of a module: `kernel/drivers/vfio/pci/vfio-pci.ko.xz: ...`. Hyphens and underscores are one.
 fn lists(list: &str, name: &str) -> bool {
-    list.lines().any(|line| {
-        let path = line.split(':').next().unwrap_or(line);
-        let file = path.rsplit('/').next().unwrap_or(path);
-        file.split_once(".ko").is_some_and(|(stem, _)| stem.replace('-', "_") == name)
-    })
+    list.lines().any(|line| listed(line).is_some_and(|(_, found)| found == name))
+}
+
+/// Path and name of the module that a line is about.
+pub(crate) fn listed(line: &str) -> Option<(&str, String)> {
+    let path = line.split(':').next().unwrap_or(line);
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split_once(".ko").map(|(stem, _)| (path, stem.replace('-', "_")))
 }
 
 #[cfg(test)]

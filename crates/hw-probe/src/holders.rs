@@ -36,8 +36,8 @@ pub struct Holders {
 pub struct Holder {
     /// The node: `/dev/vfio/12`, `/dev/vfio/devices/vfio3`, `/dev/nvidia0`.
     pub node: String,
-    /// Process id.
-    pub pid: u32,
+    /// Process id; none in a bundle, which names processes only.
+    pub pid: Option<u32>,
     /// Its name, at most 15 bytes.
     pub comm: String,
     /// Path of its control group in the unified hierarchy, else of the first.
@@ -134,7 +134,7 @@ impl Search {
         let pod_uid = cgroup.as_deref().and_then(pod_uid);
         for node in nodes {
             let (comm, cgroup, pod_uid) = (comm.clone(), cgroup.clone(), pod_uid.clone());
-            self.list.push(Holder { node, pid, comm, cgroup, pod_uid });
+            self.list.push(Holder { node, pid: Some(pid), comm, cgroup, pod_uid });
         }
     }
 }
@@ -189,10 +189,10 @@ mod tests {
         assert_eq!(
             list,
             [
-                ("/dev/nvidia0", 9, "nvidia-persiste", None),
-                ("/dev/nvidiactl", 9, "nvidia-persiste", None),
-                ("/dev/vfio/12", 77, "qemu-system-x86", Some(UID)),
-                ("/dev/vfio/devices/vfio3", 100, "cloud-hyperviso", None),
+                ("/dev/nvidia0", Some(9), "nvidia-persiste", None),
+                ("/dev/nvidiactl", Some(9), "nvidia-persiste", None),
+                ("/dev/vfio/12", Some(77), "qemu-system-x86", Some(UID)),
+                ("/dev/vfio/devices/vfio3", Some(100), "cloud-hyperviso", None),
             ]
         );
         assert_eq!(found.list[0].cgroup.as_deref(), Some("/system.slice"));

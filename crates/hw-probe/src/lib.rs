@@ -27,6 +27,8 @@ mod inventory;
 #[allow(unsafe_code, reason = "memory mappings have no safe interface")]
 mod mmap;
 mod names;
+pub mod record;
+pub mod registers;
 mod root;
 mod scan;
 mod sysfs;

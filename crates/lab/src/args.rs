@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use lab::control::{self, Control};
-use lab::{Boot, demo};
+use lab::{Boot, demo, replay};
 use lab_vm::{
     Add, AgentError, Artifacts, Cache, Command as GuestCommand, GuestError, Kernel, Stream, Wanted, exit_code,
 };
@@ -39,11 +39,16 @@ enum Command {
     Fault(FaultArgs),
     /// The topologies that come with the lab.
     Topologies,
+    /// Print a topology like the node that a bundle is of (`ccnode bundle`); its comments say what cannot be played.
+    TopologyOf {
+        /// The bundle, or the root directory of a recorded tree.
+        bundle: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
 struct Run {
-    /// Which devices sit where: one of `cargo lab topologies`, or a TOML file.
+    /// Which devices sit where: one of `cargo lab topologies`, a TOML file, or a bundle of a node (`.tar.gz`).
     #[arg(long, default_value = "h100x2")]
     topology: String,
     /// Kernel: iommufd, no-group (no VFIO group files) or stock (Debian's, without iommufd); the topology's otherwise.
@@ -129,6 +134,10 @@ impl Cli {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Demo(Demo { topology, json }) => demo::run(&topology, json),
+            Command::TopologyOf { bundle } => {
+                std::io::stdout().write_all(replay::topology_of(&bundle)?.toml.as_bytes())?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Topologies => {
                 for name in lab_vm::topology::shipped() {
                     println!("{name}");

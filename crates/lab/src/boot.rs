@@ -1,13 +1,14 @@
 //! From the name of a topology to a running guest with the workspace's programs in it.
 
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use lab_vm::{Add, Artifacts, Cache, Guest, GuestBuilder, Kernel, Topology, Wanted};
 
 use crate::programs::{self, PROGRAMS};
+use crate::replay;
 
 /// What a guest is to be.
 #[derive(Clone, Debug)]
@@ -33,10 +34,19 @@ pub struct Boot {
 }
 
 impl Boot {
-    /// A guest of a shipped topology, or of the one in a file.
+    /// A guest of a shipped topology, of the one in a file, or of one like the node that a bundle is of.
     pub fn new(topology: &str) -> anyhow::Result<Self> {
+        let topology = if replay::is_bundle(topology) {
+            let found = replay::topology_of(Path::new(topology))?;
+            for line in &found.differences {
+                tracing::warn!("Not as on the node: {line}");
+            }
+            Topology::parse("bundle", &found.toml)?
+        } else {
+            Topology::load(topology)?
+        };
         Ok(Self {
-            topology: Topology::load(topology)?,
+            topology,
             kernel: None,
             adds: Vec::new(),
             knob_file: None,

@@ -7,6 +7,7 @@ pub mod control;
 pub mod demo;
 pub mod node;
 pub mod programs;
+pub mod replay;
 pub mod timeline;
 
 pub use boot::Boot;

@@ -152,7 +152,8 @@ fn user(function: &PciFunction, holders: &Holders) -> Option<Error> {
     let cdev_node = function.vfio_cdev.as_ref().map(|cdev| format!("/dev/vfio/devices/{}", cdev.name));
     let is_its = |node: &String| Some(node) == group_node.as_ref() || Some(node) == cdev_node.as_ref();
     let its = holders.list.iter().filter(|holder| is_its(&holder.node));
-    let holders: Vec<Holder> = its.map(|holder| Holder { pid: holder.pid, comm: holder.comm.clone() }).collect();
+    let holders: Vec<Holder> =
+        its.filter_map(|holder| Some(Holder { pid: holder.pid?, comm: holder.comm.clone() })).collect();
     (!holders.is_empty()).then(|| in_use(None, group, holders))
 }
 

@@ -19,7 +19,7 @@ use gpu_firmware::Places;
 use hw_probe::{Bdf, Inventory, PciFunction, SysRoot};
 use serde::Serialize;
 
-use crate::probe;
+use crate::source::Source;
 use args::{ModeCommand, NodeArgs};
 use look::{Look, Records};
 
@@ -63,6 +63,8 @@ pub fn run(
 
 /// The node, as far as its devices can be told apart.
 struct Node {
+    /// Keeps the tree of a bundle.
+    _source: Source,
     root: SysRoot,
     inventory: Inventory,
     /// The devices that are meant, by address.
@@ -74,7 +76,8 @@ impl Node {
     fn read(args: &NodeArgs) -> anyhow::Result<Self> {
         let NodeArgs { devices, json: _, root } = args;
         // Files of the node are opened by absolute paths.
-        let root = probe::tree(&root.canonicalize().unwrap_or_else(|_| root.clone()))?;
+        let source = Source::open(&root.canonicalize().unwrap_or_else(|_| root.clone()))?;
+        let root = source.root().clone();
         let inventory = Inventory::scan(&root);
         let mut chosen: Vec<PciFunction> = inventory.gpus().chain(inventory.nvswitches()).cloned().collect();
         chosen.sort_by_key(|function| function.bdf);
@@ -87,7 +90,7 @@ impl Node {
         if !devices.is_empty() {
             chosen.retain(|function| devices.contains(&function.bdf));
         }
-        Ok(Self { root, inventory, chosen })
+        Ok(Self { _source: source, root, inventory, chosen })
     }
 
     /// Where its devices are owned.
