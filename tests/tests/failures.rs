@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, MODE_BITS, PGPU, STEP, expected, node, registers_say, the_labels_never_lied};
+use e2e::{
+    CHANGE, MODE_BITS, PGPU, STEP, exchanges, expected, node, registers_say, the_labels_never_lied, whole_trace,
+};
 use lab::Node;
 use lab::node::{Agent, CC_MODE, CC_MODE_STATE, CC_READY_STATE, NODE, field};
 use lab_devices::Fault;
@@ -98,6 +100,34 @@ fn replies_that_are_missing_late_short_or_mistyped_are_failures_and_change_nothi
         was = mode;
     }
     the_labels_never_lied(&node)?;
+    all_run(&node)
+}
+
+#[test]
+fn a_gpu_that_nobody_knows_makes_the_node_failed_and_only_itself_unusable() -> Result<()> {
+    let Some(mut node) = node("mixed", &[(CC_MODE, "off")])? else { return Ok(()) };
+    node.start_all()?;
+    // Off is each device's own: a Hopper, a Blackwell, and one that has no other mode are off, and offered.
+    node.await_state("failed", "", CHANGE)?;
+    let unknown = node.guest.bdf("gpu3")?;
+    log_has(&node, "cc-manager", &[&unknown, "UnknownDevice"])?;
+    node.await_allocatable(PGPU, 3, STEP)?;
+    let file: Value = serde_json::from_slice(&node.guest.get_file("/run/nvidia/ccnode/devices.json")?)?;
+    let devices = file["devices"].as_array().context("devices.json has no devices")?;
+    assert_eq!(devices.len(), 4);
+    for device in devices {
+        assert_eq!(device["usable"], device["bdf"] != unknown[..], "{device}");
+    }
+    // On is of all or none: nothing is written to any of them.
+    node.ask_for("on")?;
+    node.await_allocatable(PGPU, 0, STEP)?;
+    node.await_state("failed", "", CHANGE)?;
+    let trace = whole_trace(&node)?;
+    for name in node.gpus() {
+        let said = exchanges(&trace, &name);
+        assert!(said.iter().all(|word| word.contains("020C->")), "{name}: {said:?}");
+        assert_eq!(node.device(&name)?.flrs, 0, "{name} was reset");
+    }
     all_run(&node)
 }
 
