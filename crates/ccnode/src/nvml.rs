@@ -25,9 +25,9 @@ pub fn open() -> Result<Box<dyn Nvml>, String> {
 #[cfg(feature = "nvml")]
 mod real {
     use hw_probe::Bdf;
-    use nvml_wrapper::bitmasks::InitFlags;
-    use nvml_wrapper::enums::device::ConfidentialComputeGpuCapabilities;
+
     use nvml_wrapper::error::NvmlError;
+    use nvml_wrapper::structs::device::ConfidentialComputeGpuCapabilities;
 
     use crate::cc::{Nvml, NvmlFacts};
 
@@ -38,8 +38,8 @@ mod real {
         let names = ["libnvidia-ml.so.1", "libnvidia-ml.so"];
         let mut trouble = String::new();
         for name in names {
-            // GPUs are not attached before they are asked about.
-            let library = nvml_wrapper::Nvml::builder().lib_path(name.as_ref()).flags(InitFlags::NO_ATTACH).init();
+            // Without attaching (an option of the library) it finds no GPU at all.
+            let library = nvml_wrapper::Nvml::builder().lib_path(name.as_ref()).init();
             match library {
                 Ok(library) => return Ok(Box::new(Library(library))),
                 Err(NvmlError::LibloadingError(_)) if trouble.is_empty() => {
@@ -55,7 +55,8 @@ mod real {
     impl Nvml for Library {
         fn ask(&self, bdf: Bdf) -> Result<NvmlFacts, String> {
             let words = |error: NvmlError| error.to_string();
-            let device = self.0.device_by_pci_bus_id(bdf.to_string()).map_err(words)?;
+            // NVML's own form of an address has a domain of eight digits.
+            let device = self.0.device_by_pci_bus_id(format!("0000{bdf}")).map_err(words)?;
             let capable = device.get_confidential_compute_capabilities().ok();
             Ok(NvmlFacts {
                 driver_version: self.0.sys_driver_version().ok(),
