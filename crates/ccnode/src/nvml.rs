@@ -56,7 +56,9 @@ mod real {
         fn ask(&self, bdf: Bdf) -> Result<NvmlFacts, String> {
             let words = |error: NvmlError| error.to_string();
             // NVML's own form of an address has a domain of eight digits.
-            let device = self.0.device_by_pci_bus_id(format!("0000{bdf}")).map_err(words)?;
+            let Bdf { domain, bus, device, function } = bdf;
+            let address = format!("{domain:08x}:{bus:02x}:{device:02x}.{function:x}");
+            let device = self.0.device_by_pci_bus_id(address).map_err(words)?;
             let capable = device.get_confidential_compute_capabilities().ok();
             Ok(NvmlFacts {
                 driver_version: self.0.sys_driver_version().ok(),
