@@ -217,7 +217,11 @@ impl<F: Firmware> Controller<F> {
         if relabelled || Instant::now() >= self.memory.next_round {
             let round = self.round(node, shutdown).await;
             let delay = match round {
-                Round::Ended => return,
+                Round::Ended => {
+                    // What was begun and not touched is put back; without a word to say this does nothing.
+                    self.publish().await;
+                    return;
+                }
                 Round::Rest => {
                     self.memory.retry.reset();
                     self.settings.resync
@@ -435,13 +439,13 @@ impl<F: Firmware> Controller<F> {
                 plan::apply_faults(&mut records, &refused);
                 self.found_right(mode, &refused, &state, records)
             }
-            Action::Change { .. } if self.held_down(&inventory, known.as_ref()).is_some() => {
-                let delay = self.held_down(&inventory, known.as_ref()).unwrap_or_default();
-                let text = format!("Mode {mode} is wanted too soon after another change: it waits for the hold-down");
-                self.say(tracing::Level::WARN, &text);
-                Round::Later(delay)
-            }
             Action::Change { devices, whole, refused } => {
+                if let Some(delay) = self.held_down(&inventory, known.as_ref()) {
+                    let text =
+                        format!("Mode {mode} is wanted too soon after another change: it waits for the hold-down");
+                    self.say(tracing::Level::WARN, &text);
+                    return Round::Later(delay);
+                }
                 let change = Attempt { mode, source, devices, whole, refused };
                 Box::pin(self.change(change, &state, &inventory, known.as_ref(), shutdown)).await
             }
@@ -540,7 +544,7 @@ impl<F: Firmware> Controller<F> {
                 plan::apply_results(&mut records, &results);
                 return self.found_right(mode, refused, state, records);
             }
-            Some(Ok(Some(results))) if known.is_some() => self.tell_drift(&results),
+            Some(Ok(Some(results))) if known.is_some() => self.tell_drift(known, devices, &results),
             Some(Err(faults)) if faults.iter().all(|fault| fault.busy) && self.settings.busy_wait.is_zero() => {
                 return self.hold(mode, &faults, state, before);
             }
@@ -586,18 +590,19 @@ impl<F: Firmware> Controller<F> {
         let begun = Instant::now();
         let ready = tokio::select! {
             ready = self.others_are_out_of_the_way(devices, whole) => ready,
-            () = shutdown.wait() => Err(InTheWay::Told),
-            () = self.superseded() => Err(InTheWay::Told),
+            () = shutdown.wait() => Err(InTheWay::Ending),
+            () = self.superseded() => Err(InTheWay::Superseded),
             never = self.keep_shut() => match never {},
         };
         match ready {
             Ok(()) => {}
             Err(InTheWay::Others(error)) => return self.give_up(mode, &error, &[], state, before),
             Err(InTheWay::Devices(faults)) => return self.hold(mode, &faults, state, before),
-            Err(InTheWay::Told) => {
-                // Nothing was touched. What was begun is ended or gone on with by the next round, or the next start.
+            Err(InTheWay::Ending) => return self.put_back(mode, state, before),
+            Err(InTheWay::Superseded) => {
+                // Nothing was touched. The next round, due at once, goes on with what was begun or ends it.
                 self.store(state, None, plan::withheld(plan::records(inventory, Some(mode), known, &[])));
-                return if shutdown.is_requested() { Round::Ended } else { Round::Rest };
+                return Round::Later(Duration::ZERO);
             }
         }
 
@@ -631,15 +636,19 @@ impl<F: Firmware> Controller<F> {
                 plan::apply_results(&mut records, &results);
                 let failed = results.iter().filter_map(|result| result.result.as_ref().err());
                 if failed.clone().any(|fault| fault.untouched) {
-                    // Told to end, and ended before anything was lost: the next start begins anew.
-                    tracing::info!(
-                        event = "transition_stopped",
-                        step = "stage",
-                        mode = %mode,
-                        "Change was stopped before its resets"
-                    );
-                    self.store(state, None, plan::withheld(records));
-                    return Round::Ended;
+                    // Told to end, and ended before anything was lost: the next start begins anew. Should another device's
+                    // knobs not have been put back, what was known of it is not known any more.
+                    let failed: Vec<Bdf> = results
+                        .iter()
+                        .filter(|result| result.result.as_ref().is_err_and(|fault| !fault.untouched))
+                        .map(|result| result.bdf)
+                        .collect();
+                    let mut before = before;
+                    if !failed.is_empty() {
+                        before.standing = None;
+                        plan::forget(&mut before.records, &failed);
+                    }
+                    return self.put_back(mode, state, before);
                 }
                 let faults: Vec<&DeviceFault> = failed.chain(refused).collect();
                 tell_results(&results);
@@ -671,6 +680,12 @@ impl<F: Firmware> Controller<F> {
         let result = if matches!(verdict, Verdict::Applied(_)) { "applied" } else { "failed" };
         self.counters.transition(mode, result);
         tracing::info!(event = "transition_ended", step = "end", mode = %mode, result, took_ms, "Change of mode has ended");
+        let round = if matches!(verdict, Verdict::Applied(_)) { Round::Rest } else { Round::Retry };
+        self.conclude(verdict, state, mode.as_str(), error.as_ref(), &records);
+        if results.is_empty() {
+            // None was touched: no change for the record.
+            return round;
+        }
         let asked_by = self.node.view().node().and_then(|node| node.mode_set_by.clone());
         let asked_by = asked_by.as_deref().filter(|_| attempt.source == Source::Label);
         let change = audit::Change {
@@ -683,7 +698,7 @@ impl<F: Firmware> Controller<F> {
             took_ms,
         };
         audit::Line::of(change, &results).record(&state.path);
-        if matches!(verdict, Verdict::Applied(_)) {
+        if matches!(round, Round::Rest) {
             let devices = results.iter().map(|result| result.bdf.to_string()).collect::<Vec<_>>().join(", ");
             let text = format!("In mode {mode}, verified after {took_ms} ms: {devices}");
             self.events.tell(Event {
@@ -693,15 +708,16 @@ impl<F: Firmware> Controller<F> {
                 note: text,
             });
         }
-        let round = if matches!(verdict, Verdict::Applied(_)) { Round::Rest } else { Round::Retry };
-        self.conclude(verdict, state, mode.as_str(), error.as_ref(), &records);
         round
     }
 
-    /// Tells of devices that are not what they were to be although nobody has asked us for a change.
-    fn tell_drift(&self, results: &[DeviceResult]) {
-        for DeviceResult { bdf, result } in results {
-            if let Err(fault) = result {
+    /// Tells of devices that had to be looked at again, and are not what they were. What is known to be in another mode, or
+    /// to have failed, is to be changed: that is no news.
+    fn tell_drift(&self, known: Option<&DevicesFile>, devices: &[PciFunction], results: &[DeviceResult]) {
+        for (device, DeviceResult { bdf, result }) in devices.iter().zip(results) {
+            if let Err(fault) = result
+                && plan::is_withdrawn(known, device)
+            {
                 self.counters.drifted();
                 let note = fault.error.message.clone();
                 self.events.tell(Event { is_warning: true, reason: "Drift".to_owned(), action: "Verify", note });
@@ -747,6 +763,18 @@ impl<F: Firmware> Controller<F> {
         }
     }
 
+    /// Told to end before any device was reset: the node is what it was, and its components run again.
+    fn put_back(&mut self, mode: Mode, state: &StateDir, before: Before) -> Round {
+        tracing::info!(event = "transition_stopped", mode = %mode, "Change was stopped before its resets, and is put back");
+        let message = format!(
+            "The agent was told to end before the change to mode {mode} had reset a device; everything was put back; the \
+             agent's next start makes the change"
+        );
+        let error = ErrorRecord { code: "Stopped".to_owned(), message };
+        self.give_up(mode, &error, &[], state, before);
+        Round::Ended
+    }
+
     /// An attempt ends before any device was touched.
     fn give_up(
         &mut self,
@@ -761,8 +789,9 @@ impl<F: Firmware> Controller<F> {
         let Before { standing, mut records } = before;
         plan::note_faults(&mut records, faults);
         self.counters.transition(mode, "busy");
-        let verdict = standing.map_or(Verdict::NotBegun, Verdict::Held);
-        self.keep(state, records.clone());
+        // The others may still read of a transition: then no gate is opened over it.
+        let kept = self.keep(state, records.clone());
+        let verdict = standing.filter(|_| kept).map_or(Verdict::NotBegun, Verdict::Held);
         self.conclude(verdict, state, mode.as_str(), Some(error), &records);
         Round::Retry
     }
@@ -770,24 +799,24 @@ impl<F: Firmware> Controller<F> {
     /// The one patch that begins a change: the gate is shut, the journal written, the operator's components are paused.
     async fn begin(&mut self, state: &StateDir, mode: Mode, whole: bool, shutdown: &Shutdown) -> Result<(), Round> {
         let journal = Journal::begin(&state.boot_id, mode);
-        // A retry of what an earlier attempt left over disturbs nobody but the devices concerned.
-        let pause = whole && self.settings.pausing.is_some();
-        let reads: Vec<&str> = if pause { operands::labels().collect() } else { Vec::new() };
+        let pause = self.settings.pausing.is_some();
+        let reads: Vec<&str> = if whole && pause { operands::labels().collect() } else { Vec::new() };
+        // A retry of what an earlier attempt left over disturbs nobody but the devices concerned: it has nothing to put back,
+        // and says nothing new of a node whose gate is shut.
+        let change = |node: &NodeState| if whole { journal.change(node, pause) } else { shut() };
         let begun = tokio::select! {
-            begun = self.node.update((&reads, &[]), |node| journal.change(node, pause)) => begun,
+            begun = self.node.update((&reads, &[]), change) => begun,
             () = shutdown.wait() => return Err(Round::Ended),
         };
         self.forget_publication();
         match begun {
             Ok(_) => {
                 self.memory.api_retry.reset();
-                let text = format!("Change to mode {mode} begins; the node is not ready for GPU pods");
-                self.events.tell(Event {
-                    is_warning: false,
-                    reason: "CCModeChanging".to_owned(),
-                    action: "Change",
-                    note: text,
-                });
+                if whole {
+                    let note = format!("Change to mode {mode} begins; the node is not ready for GPU pods");
+                    let reason = "CCModeChanging".to_owned();
+                    self.events.tell(Event { is_warning: false, reason, action: "Change", note });
+                }
                 tracing::info!(event = "withdrawn", step = "withdraw", ready = "", "Node is not ready for GPU pods");
                 Ok(())
             }
@@ -1015,8 +1044,10 @@ enum InTheWay {
     Others(ErrorRecord),
     /// Devices that stay in use.
     Devices(Vec<DeviceFault>),
-    /// We were told to do something else.
-    Told,
+    /// Another mode is wanted by now.
+    Superseded,
+    /// We were told to end.
+    Ending,
 }
 
 /// How long after a failure the gate is tried to be shut again while devices are being changed.

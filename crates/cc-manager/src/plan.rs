@@ -199,6 +199,13 @@ pub(crate) fn any_unknown(known: Option<&DevicesFile>, devices: &[PciFunction]) 
     !devices.iter().all(is_known)
 }
 
+/// Whether a device that nothing was wrong with is to be looked at again, since somebody had it.
+pub(crate) fn is_withdrawn(known: Option<&DevicesFile>, device: &PciFunction) -> bool {
+    let known = known.filter(|known| known.transition.is_none());
+    let record = known.and_then(|known| known.record(device));
+    record.is_some_and(|record| record.verified_at.is_none() && record.error.is_none())
+}
+
 /// The records of a node where `mode` is wanted (none: something that is no mode) while `changing` are in transition.
 ///
 /// This is the one place that says which devices may be offered: those verified in the mode that is wanted now.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use agent_core::metrics::Metrics;
 use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
-use agent_core::state::{DEVICES_FILE, DevicesFile, ErrorRecord};
+use agent_core::state::{DEVICES_FILE, DeviceRecord, DevicesFile, ErrorRecord};
 use cc_manager::{Controller, DeviceFault, DeviceResult, Firmware, Pausing, Settings, Verified};
 use gpu_firmware::{Cost, Mode};
 use http::Method;
@@ -491,6 +491,8 @@ async fn devices_in_use_can_be_waited_for_with_the_node_withdrawn() {
     until("withdrawn again", || world.state() == (Some("on".to_owned()), Some(String::new()))).await;
     agent.stop().await;
     assert!(world.file().unwrap().transition.is_none());
+    assert_eq!(world.state(), (Some("on".to_owned()), Some("true".to_owned())), "put back at the end");
+    assert_eq!(world.api.labels()[VFIO], "true");
 
     let agent = waiting(&world, Duration::from_millis(50));
     until("given up", || world.status()["error"]["code"] == "InUse").await;
@@ -959,24 +961,62 @@ async fn off_goes_on_without_a_gpu_that_nobody_knows_and_does_not_hide_it() {
 #[tokio::test]
 async fn told_to_end_before_the_resets_it_leaves_everything_as_it_was() {
     let world = World::new(&[(A, H100), (B, H100)]);
+    world.api.set_label(VFIO, Some("true"));
     let agent = world.start();
     world.until_state("on", "true").await;
-    let before = world.file().unwrap();
-    world.firmware.script(Script::StopWhenTold);
-    world.api.set_label(labels::CC_MODE, Some("off"));
-    until("transition has begun", || world.firmware.calls().len() == 2).await;
     agent.stop().await;
-    let file = world.file().unwrap();
-    assert!(file.transition.is_none() && file.devices.iter().all(|device| !device.usable));
-    let modes = |file: &DevicesFile| file.devices.iter().map(|device| device.active_mode.clone()).collect::<Vec<_>>();
-    assert_eq!(modes(&file), modes(&before), "what was verified is still known");
-    assert_eq!(world.state(), (Some("on".to_owned()), Some(String::new())));
+    let before = world.file().unwrap();
+    // While it stages, and while it waits for a component that does not go: the agent may be on its way out for good.
+    for waits in [false, true] {
+        let calls = world.firmware.calls().len();
+        if waits {
+            world.api.add_pod("gpu-operator", "vfio-1", &[("name", "nvidia-vfio-manager")]);
+        } else {
+            world.firmware.script(Script::StopWhenTold);
+        }
+        world.api.set_label(labels::CC_MODE, Some("off"));
+        let agent = world.start_as(|settings| settings.pausing.as_mut().unwrap().patience = Duration::from_mins(1));
+        until("begun", || world.api.labels()[VFIO] == PAUSED).await;
+        until("under way", || world.firmware.calls().len() == calls + usize::from(!waits)).await;
+        agent.stop().await;
+        assert_eq!(world.firmware.calls().len(), calls + usize::from(!waits));
+        let file = world.file().unwrap();
+        assert!(file.transition.is_none());
+        let offered = |file: &DevicesFile| {
+            let of = |device: &DeviceRecord| (device.bdf, device.active_mode.clone(), device.usable);
+            file.devices.iter().map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(offered(&file), offered(&before), "what was verified is still known, and offered");
+        assert_eq!(world.state(), (Some("on".to_owned()), Some("true".to_owned())), "waits: {waits}");
+        assert_eq!(world.api.labels()[VFIO], "true", "waits: {waits}");
+        assert!(!world.api.annotations().contains_key(annotations::TRANSITION));
+        assert_eq!(world.status()["error"]["code"], "Stopped");
+        world.api.set_label(labels::CC_MODE, Some("on"));
+    }
 
     // The label is set back before the next start: there is nothing to do but to say so.
-    world.api.set_label(labels::CC_MODE, Some("on"));
+    let calls = world.firmware.calls().len();
     let agent = world.start();
+    until("told", || world.status()["result"] == "applied").await;
     world.until_state("on", "true").await;
-    assert_eq!(world.firmware.calls().len(), 2);
+    assert_eq!(world.firmware.calls().len(), calls);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_gpu_that_stays_broken_is_no_news_at_every_attempt() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    for _ in 0..1000 {
+        world.firmware.script(Script::Fail(B, "BootTimeout"));
+    }
+    let agent = world.start();
+    world.until_state("failed", "").await;
+    until("tried again", || world.firmware.calls().len() >= 3).await;
+    let (calls, patches, events) = (world.firmware.calls().len(), world.api.patches().len(), world.api.events().len());
+    until("tried many times", || world.firmware.calls().len() >= calls + 8).await;
+    assert_eq!(world.api.patches().len(), patches);
+    assert_eq!(world.api.events().len(), events);
+    assert_eq!(world.offered(), [A]);
     agent.stop().await;
 }
 
