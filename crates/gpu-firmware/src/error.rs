@@ -203,7 +203,7 @@ pub enum Fault {
     PriError {
         /// The register read.
         register: u32,
-        /// The error word, 0xbadfXXXX.
+        /// The error word; its upper half is 0xbadf.
         value: u32,
     },
     /// The device's firmware does not take the next request.

@@ -13,7 +13,7 @@ pub const UNKNOWN_COMMAND_ERROR: u32 = 0xbeef;
 pub const PERMISSION_KNOBS_WRITABLE_IN_BAND: bool = false;
 
 /// What a register outside the list of section 10.5 reads as, and any register in the PRI error window after a reset.
-/// The documents give the class `0xbadfXXXX` only.
+/// The documents give the upper half, `0xbadf`, only.
 pub const PRI_ERROR: u32 = 0xbadf_0000;
 
 /// The four FSP status scratch registers once booted (section 5.1 names the registers, not their values).
