@@ -492,7 +492,17 @@ fn asked_to_stop_it_stops_where_nothing_is_lost() -> Result<()> {
         bench.is_in(name, "on")?;
     }
     ensure!(bench.resets()?.iter().all(|(name, count)| count - before[name] == 1));
-    Ok(())
+
+    // Awake and used by nobody, a device shows its mode without being owned.
+    let enable = format!("echo 1 > /sys/bus/pci/devices/{}/enable", bench.bdf("gpu0"));
+    ensure!(bench.guest.shell(&enable, STEP)?.success(), "{enable} failed");
+    bench.guest.fleet().clear_trace();
+    let get = bench.by_name(&serde_json::from_str(&bench.ccnode(&["get", "--json"])?.out)?)?;
+    let active = &get["gpu0"]["active"];
+    ensure!(active["value"] == "on" && active["source"] == "register", "{active:#}");
+    let trace = bench.guest.fleet().trace();
+    ensure!(touches(&trace).iter().all(|event| event.kind == Kind::Read), "{:?}", touches(&trace));
+    bench.is_in("gpu0", "on")
 }
 
 #[test]

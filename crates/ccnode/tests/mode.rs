@@ -150,6 +150,23 @@ fn a_record_is_shown_as_of_its_time_and_only_while_it_holds() {
 }
 
 #[test]
+fn the_mode_of_an_idle_device_is_read_from_its_register() {
+    let fake = tree(&[(A, H100)]);
+    let gpu = fake.get(A).resource_file(0, 16 << 20).power("on", "active", "D0");
+    fake.process(1, "init", "0::/\n", &[]);
+    let file = fs::File::options().write(true).open(gpu.path().join("resource0")).unwrap();
+    for (register, word) in [(0, 0x1800_00a1_u32), (0x2_00bc, 0xff), (0x11_82cc, 2)] {
+        std::os::unix::fs::FileExt::write_all_at(&file, &word.to_le_bytes(), register).unwrap();
+    }
+    record(&fake, "on", |_| {});
+    let (_, answer) = json(fake.path(), &["get"]);
+    let active = &answer["devices"][0]["active"];
+    // It is fresher than the record, which still tells what the device was set to.
+    assert_eq!((&active["value"], &active["source"]), (&json!("invalid-devtools-only"), &json!("register")));
+    assert_eq!(answer["devices"][0]["configured"]["source"], "record");
+}
+
+#[test]
 fn users_are_named_without_a_touch() {
     let fake = tree(&[(A, H100), (B, H100)]);
     fake.get(A).driver("nvidia");

@@ -151,10 +151,13 @@ fn user(function: &PciFunction, holders: &Holders) -> Option<Error> {
     let group_node = group.map(|group| format!("/dev/vfio/{group}"));
     let cdev_node = function.vfio_cdev.as_ref().map(|cdev| format!("/dev/vfio/devices/{}", cdev.name));
     let is_its = |node: &String| Some(node) == group_node.as_ref() || Some(node) == cdev_node.as_ref();
-    let its = holders.list.iter().filter(|holder| is_its(&holder.node));
-    let holders: Vec<Holder> =
-        its.filter_map(|holder| Some(Holder { pid: holder.pid?, comm: holder.comm.clone() })).collect();
-    (!holders.is_empty()).then(|| in_use(None, group, holders))
+    let its: Vec<_> = holders.list.iter().filter(|holder| is_its(&holder.node)).collect();
+    if its.is_empty() {
+        return None;
+    }
+    // A bundle names processes without their ids.
+    let named = |holder: &&hw_probe::Holder| Some(Holder { pid: holder.pid?, comm: holder.comm.clone() });
+    Some(in_use(None, group, its.iter().filter_map(named).collect()))
 }
 
 /// Looks at a device without side effects.

@@ -1,20 +1,20 @@
 //! The mode that a device booted with, read from its status register without owning it.
 
 use gpu_firmware::{Chip, Effective};
-use hw_probe::{Holders, PciFunction, SysRoot};
+use hw_probe::registers::{self, Registers};
+use hw_probe::{Condition, Holders, PciFunction, SysRoot};
 
 /// The mode, or why it cannot be read without side effects.
 pub(super) fn active(
-    _root: &SysRoot,
+    root: &SysRoot,
     function: &PciFunction,
-    _holders: &Holders,
-    _chip: &Chip,
+    holders: &Holders,
+    chip: &Chip,
 ) -> Result<Effective, String> {
-    let status = function.power.runtime_status.as_deref();
-    let state = function.power.state.as_deref();
-    Err(if status == Some("suspended") || state.is_some_and(|state| state.starts_with("D3")) {
-        "it is asleep, and is not woken for a look".into()
-    } else {
-        "registers are read under ownership alone".into()
-    })
+    match registers::read(root, function, &Condition::read(root, function), holders) {
+        // The words are judged there; which of the invalid states it is, the word tells.
+        Registers::Read { mode: Some(_), mode_register: Some(word), .. } => Ok(chip.effective(word)),
+        Registers::Read { reason, .. } => Err(reason.unwrap_or_else(|| "the registers do not say it".into())),
+        Registers::NotRead { reason } => Err(reason),
+    }
 }
