@@ -9,7 +9,7 @@ use hw_probe::{Bdf, DeviceKind};
 use serde::Serialize;
 
 use super::args::GetArgs;
-use super::look::{self, Fact, Look, Source, clock};
+use super::look::{self, Fact, Look, Sight, Source, clock};
 use super::{ErrorView, Node, SCHEMA};
 use crate::report::product;
 use crate::{FAILED, SUCCESS, printable, table};
@@ -41,7 +41,7 @@ pub(super) fn run(args: &GetArgs, out: &mut impl Write, notes: &mut impl Write) 
     if let Some(trouble) = node.blind() {
         writeln!(notes, "warning: There may be more devices: {}", printable(&trouble))?;
     }
-    let mut looks = node.look();
+    let mut looks = node.look(Sight::Registers);
     if *own {
         looks = look::owning(node.places("get"), looks, None);
     }

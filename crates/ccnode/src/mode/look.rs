@@ -160,8 +160,17 @@ fn user(function: &PciFunction, holders: &Holders) -> Option<Error> {
     Some(in_use(None, group, its.iter().filter_map(named).collect()))
 }
 
+/// How far a look without side effects goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// The records and sysfs: no device is touched.
+    Records,
+    /// Also the status register of a device that nobody uses.
+    Registers,
+}
+
 /// Looks at a device without side effects.
-pub fn passively(root: &SysRoot, function: &PciFunction, holders: &Holders, records: &Records) -> Look {
+pub fn passively(root: &SysRoot, function: &PciFunction, holders: &Holders, records: &Records, sight: Sight) -> Look {
     let function = function.clone();
     let model = function.model.as_ref();
     if model.is_some_and(|model| !model.cc_query && !model.ppcie) && !function.is_virtual_function {
@@ -179,9 +188,10 @@ pub fn passively(root: &SysRoot, function: &PciFunction, holders: &Holders, reco
         Ok((_, mode, at)) => Fact::known(mode.as_str(), Source::Record, *at),
         Err(reason) => Fact::unknown(format!("{NEEDS_OWNERSHIP}, and {reason}")),
     };
-    let read = match &error {
-        Some(error) => Err(error.fault.to_string()),
-        None => peek::active(root, &function, holders, support.chip),
+    let read = match (&error, sight) {
+        (Some(error), _) => Err(error.fault.to_string()),
+        (None, Sight::Records) => Err("its register was not read".into()),
+        (None, Sight::Registers) => peek::active(root, &function, holders, support.chip),
     };
     let active = match (read, record) {
         (Ok(active), _) => Fact::known(active, Source::Register, Timestamp::now()),

@@ -21,7 +21,7 @@ use serde::Serialize;
 
 use crate::source::Source;
 use args::{ModeCommand, NodeArgs};
-use look::{Look, Records};
+use look::{Look, Records, Sight};
 
 /// Schema of what `--json` prints. Within a schema number fields are only added.
 pub const SCHEMA: u32 = 1;
@@ -103,12 +103,13 @@ impl Node {
         self.root.join("")
     }
 
-    /// What is known of the chosen devices without side effects.
-    fn look(&self) -> Vec<Look> {
+    /// What is known of the chosen devices without side effects; from the records alone, or also from the registers of
+    /// those that nobody uses.
+    fn look(&self, sight: Sight) -> Vec<Look> {
         let path: &Path = &self.path();
         let records = Records::read(path, self.inventory.host.boot_id.as_deref());
         let holders = hw_probe::holders(&self.root);
-        let look = |function: &PciFunction| look::passively(&self.root, function, &holders, &records);
+        let look = |function: &PciFunction| look::passively(&self.root, function, &holders, &records, sight);
         self.chosen.iter().map(look).collect()
     }
 

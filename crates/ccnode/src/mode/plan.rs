@@ -10,7 +10,7 @@ use hw_probe::{Bdf, DeviceKind, PciFunction};
 use serde::Serialize;
 
 use super::args::{NodeArgs, PlanArgs};
-use super::look::{self, Look, Source, clock};
+use super::look::{self, Look, Sight, Source, clock};
 use super::{ErrorView, Node, SCHEMA, addresses, census, manager};
 use crate::report::product;
 use crate::{FAILED, SUCCESS, printable, table};
@@ -74,11 +74,13 @@ impl Plan {
         if node.chosen.is_empty() {
             bail!("No NVIDIA GPU or NVSwitch on this node");
         }
-        let mut looks = node.look();
         let mut parts = NodePlan::of(&node.inventory, target);
         let is_chosen = |bdf: Bdf| node.chosen.iter().any(|function| function.bdf == bdf);
         let whole = parts.devices.iter().all(|device| is_chosen(device.function.bdf));
         parts.devices.retain(|device| is_chosen(device.function.bdf));
+        // What is refused touches nothing.
+        let sight = if parts.is_possible() { Sight::Registers } else { Sight::Records };
+        let mut looks = node.look(sight);
         if own {
             looks = look::owning(node.places("plan"), looks, Some(target));
         }
