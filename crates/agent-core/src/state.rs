@@ -218,6 +218,96 @@ pub struct ErrorRecord {
     pub message: String,
 }
 
+/// The annotation `ccnode.dev/cc-status`: what cc-manager says of its node to people and tools. It changes only when the
+/// truth does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CcStatus {
+    /// Schema version.
+    pub schema: u32,
+    /// UID of the node object that it was written for.
+    #[serde(default)]
+    pub node_uid: String,
+    /// The kernel's boot id.
+    #[serde(default)]
+    pub boot_id: String,
+    /// The mode that is asked for, or whatever else the label says.
+    #[serde(default)]
+    pub wanted: String,
+    /// `applied`, `failed`, `not-begun` or `observed`.
+    #[serde(default)]
+    pub result: String,
+    /// Since when `wanted` and `result` are what they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<jiff::Timestamp>,
+    /// Why it is not applied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ErrorRecord>,
+    /// Who has the devices that are in the way of a change, as far as that can be told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub holders: Vec<HolderRecord>,
+    /// Every GPU and NVSwitch, by address.
+    #[serde(default)]
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Who has a device.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HolderRecord {
+    /// The device.
+    pub bdf: Bdf,
+    /// The process, where it can be seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Its short name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comm: Option<String>,
+    /// The pod that the kubelet gave the device to, as `namespace/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+}
+
+/// A device in [`CcStatus`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceStatus {
+    /// PCI address.
+    pub bdf: Bdf,
+    /// Vendor and device id.
+    #[serde(default)]
+    pub ids: String,
+    /// Subsystem ids.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subsystem: Option<String>,
+    /// Mode that the knobs ask for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub configured_mode: Option<String>,
+    /// Mode that the device booted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_mode: Option<String>,
+    /// When both were last read under ownership.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified_at: Option<jiff::Timestamp>,
+    /// The last error, while it lasts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ErrorRecord>,
+}
+
+impl From<&DeviceRecord> for DeviceStatus {
+    fn from(record: &DeviceRecord) -> Self {
+        Self {
+            bdf: record.bdf,
+            ids: record.identity.ids.clone(),
+            subsystem: record.identity.subsystem.clone(),
+            configured_mode: record.configured_mode.clone(),
+            active_mode: record.active_mode.clone(),
+            verified_at: record.verified_at,
+            error: record.error.clone(),
+        }
+    }
+}
+
 /// `bindings.json`: the driver and the override that each device had before vfio-manager took it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -11,17 +11,16 @@ use agent_core::hostfile::HostDir;
 use agent_core::metrics::Metrics;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
-use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Origin, Transition};
+use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, HolderRecord, Origin, Transition};
 use agent_core::text::chain;
 use gpu_firmware::{Cost, Mode};
 use hw_probe::{Bdf, Inventory, PciFunction, Problem, SysRoot, Tee};
-use node_object::{Change, Event, Events, NodeClient, NodeError, NodeState, NodeView, annotations, labels};
+use node_object::{Change, Event, Events, NodeClient, NodeError, NodeState, NodeView, annotations, labels, operands};
 use tokio::time::Instant;
 
 use crate::audit;
 use crate::executor::{self, DeviceFault, DeviceResult, Firmware};
 use crate::metrics::Counters;
-use crate::operands;
 use crate::plan::{self, Action, Source, Wanted};
 use crate::publish::{Facts, Journal, Publication, Verdict};
 use crate::releases::Releases;
@@ -228,6 +227,7 @@ impl<F: Firmware> Controller<F> {
                 }
                 Round::Retry => {
                     let delay = self.memory.retry.next_delay();
+                    self.counters.retried();
                     tracing::info!(event = "retry", retry_in_ms = millis(delay), "Will try again");
                     delay
                 }
@@ -499,7 +499,7 @@ impl<F: Firmware> Controller<F> {
             self.say(tracing::Level::INFO, &plan.message);
         }
         let records = plan::withheld(plan::records(inventory, Some(mode), known, &[]));
-        self.conclude(Verdict::Observed, state, mode.as_str(), plan.as_ref(), &records);
+        self.conclude(Verdict::Observed, state.facts(mode.as_str(), plan.as_ref(), &records));
         Round::Rest
     }
 
@@ -575,7 +575,7 @@ impl<F: Firmware> Controller<F> {
         }
         if !self.store(state, transition, journal) {
             let error = state.unwritable("so no device is touched");
-            self.conclude(Verdict::NotBegun, state, mode.as_str(), Some(&error), &records);
+            self.conclude(Verdict::NotBegun, state.facts(mode.as_str(), Some(&error), &records));
             return Round::Retry;
         }
 
@@ -607,6 +607,7 @@ impl<F: Firmware> Controller<F> {
         }
 
         self.memory.awaited.clear();
+        self.counters.held(&[]);
         for device in devices {
             self.memory.releases.touched(device.bdf);
         }
@@ -681,11 +682,12 @@ impl<F: Firmware> Controller<F> {
         self.counters.transition(mode, result);
         tracing::info!(event = "transition_ended", step = "end", mode = %mode, result, took_ms, "Change of mode has ended");
         let round = if matches!(verdict, Verdict::Applied(_)) { Round::Rest } else { Round::Retry };
-        self.conclude(verdict, state, mode.as_str(), error.as_ref(), &records);
+        self.conclude(verdict, state.facts(mode.as_str(), error.as_ref(), &records));
         if results.is_empty() {
             // None was touched: no change for the record.
             return round;
         }
+        self.counters.took(result, took);
         let asked_by = self.node.view().node().and_then(|node| node.mode_set_by.clone());
         let asked_by = asked_by.as_deref().filter(|_| attempt.source == Source::Label);
         let change = audit::Change {
@@ -741,11 +743,11 @@ impl<F: Firmware> Controller<F> {
         }
         if !self.keep(state, records.clone()) {
             let error = state.unwritable("so the other agents cannot be told that every device is verified");
-            self.conclude(Verdict::NotBegun, state, mode.as_str(), Some(&error), &records);
+            self.conclude(Verdict::NotBegun, state.facts(mode.as_str(), Some(&error), &records));
             return Round::Retry;
         }
         self.say(tracing::Level::INFO, &format!("Every device is verified in mode {mode}"));
-        self.conclude(Verdict::Applied(mode), state, mode.as_str(), None, &records);
+        self.conclude(Verdict::Applied(mode), state.facts(mode.as_str(), None, &records));
         Round::Rest
     }
 
@@ -792,7 +794,9 @@ impl<F: Firmware> Controller<F> {
         // The others may still read of a transition: then no gate is opened over it.
         let kept = self.keep(state, records.clone());
         let verdict = standing.filter(|_| kept).map_or(Verdict::NotBegun, Verdict::Held);
-        self.conclude(verdict, state, mode.as_str(), Some(error), &records);
+        let holders: Vec<HolderRecord> = faults.iter().flat_map(|fault| fault.holders.clone()).collect();
+        self.counters.held(&holders);
+        self.conclude(verdict, Facts { holders: &holders, ..state.facts(mode.as_str(), Some(error), &records) });
         Round::Retry
     }
 
@@ -950,20 +954,14 @@ impl<F: Firmware> Controller<F> {
         if self.memory.said.insert(error.message.clone()) {
             tracing::error!(event = "refused", code = error.code, "{}", error.message);
         }
-        self.conclude(Verdict::Failed, state, wanted, Some(error), &records);
+        self.conclude(Verdict::Failed, state.facts(wanted, Some(error), &records));
         if self.keep(state, records) { Round::Rest } else { Round::Retry }
     }
 
     /// Decides what is to stand on the node object until the next attempt.
-    fn conclude(
-        &mut self,
-        verdict: Verdict,
-        state: &StateDir,
-        wanted: &str,
-        error: Option<&ErrorRecord>,
-        devices: &[DeviceRecord],
-    ) {
+    fn conclude(&mut self, verdict: Verdict, facts: Facts<'_>) {
         let verdict = if self.settings.only_observe { Verdict::Observed } else { verdict };
+        let error = facts.error;
         if let Some(error) =
             error.filter(|error| verdict != Verdict::Observed && self.memory.told.as_ref() != Some(*error))
         {
@@ -971,7 +969,6 @@ impl<F: Firmware> Controller<F> {
             self.events.tell(Event { is_warning: true, reason, action: "Change", note });
         }
         self.memory.told = error.cloned();
-        let facts = Facts { node_uid: &state.node_uid, boot_id: &state.boot_id, wanted, error, devices };
         self.memory.publication = Some(Publication::new(verdict, facts));
     }
 
@@ -1081,6 +1078,11 @@ struct StateDir {
 }
 
 impl StateDir {
+    /// What is to be told of the node.
+    fn facts<'a>(&'a self, wanted: &'a str, error: Option<&'a ErrorRecord>, devices: &'a [DeviceRecord]) -> Facts<'a> {
+        Facts { node_uid: &self.node_uid, boot_id: &self.boot_id, wanted, error, holders: &[], devices }
+    }
+
     fn unwritable(&self, so: &str) -> ErrorRecord {
         let message = format!(
             "devices.json in {} cannot be written, {so}; the log has the cause; make it a directory of root's alone with \

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use agent_core::shutdown::Shutdown;
-use agent_core::state::ErrorRecord;
+use agent_core::state::{ErrorRecord, HolderRecord};
 use gpu_firmware::{
     Cost, DeviceDone, DeviceOutcome, Fault, Milestone, Mode, NodeOutcome, Observer, Ownership, Places, Progress,
     Refused, SystemClock, Transaction,
@@ -72,6 +72,8 @@ pub struct DeviceFault {
     pub untouched: bool,
     /// Code, and device, cause and cure in one line.
     pub error: ErrorRecord,
+    /// Who has the device, as far as that can be seen.
+    pub holders: Vec<HolderRecord>,
 }
 
 impl From<&gpu_firmware::Error> for DeviceFault {
@@ -84,6 +86,18 @@ impl From<&gpu_firmware::Error> for DeviceFault {
             ),
             untouched: matches!(*error.fault, Fault::Stopped { .. }),
             error: ErrorRecord { code: error.code().to_owned(), message: error.line() },
+            holders: match &*error.fault {
+                Fault::InUse { holders, .. } => holders
+                    .iter()
+                    .map(|holder| HolderRecord {
+                        bdf: error.bdf,
+                        pid: Some(holder.pid),
+                        comm: Some(holder.comm.clone()),
+                        pod: None,
+                    })
+                    .collect(),
+                _ => Vec::new(),
+            },
         }
     }
 }

@@ -19,7 +19,6 @@ mod audit;
 mod controller;
 mod executor;
 mod metrics;
-mod operands;
 mod plan;
 mod publish;
 mod releases;

@@ -611,6 +611,7 @@ mod tests {
             busy: false,
             untouched: false,
             error: ErrorRecord { code: "BootTimeout".to_owned(), message: String::new() },
+            holders: Vec::new(),
         };
         let results = [
             DeviceResult {

@@ -2,13 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use agent_core::state::{DeviceRecord, ErrorRecord, SCHEMA};
+use agent_core::state::{CcStatus, DeviceRecord, DeviceStatus, ErrorRecord, HolderRecord, SCHEMA};
 use gpu_firmware::Mode;
-use hw_probe::Bdf;
-use node_object::{Change, NodeState, annotations, labels};
+use node_object::{Change, NodeState, annotations, labels, operands};
 use serde::{Deserialize, Serialize};
-
-use crate::operands;
 
 /// How the last attempt ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,37 +56,6 @@ impl Verdict {
     }
 }
 
-/// The annotation `ccnode.dev/cc-status`. It holds nothing that changes while the truth does not.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Status<'a> {
-    schema: u32,
-    node_uid: &'a str,
-    boot_id: &'a str,
-    wanted: &'a str,
-    result: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<&'a ErrorRecord>,
-    devices: Vec<Device<'a>>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Device<'a> {
-    bdf: Bdf,
-    ids: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    subsystem: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    configured_mode: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    active_mode: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    verified_at: Option<jiff::Timestamp>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<&'a ErrorRecord>,
-}
-
 /// Everything a publication is made of.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts<'a> {
@@ -97,6 +63,7 @@ pub(crate) struct Facts<'a> {
     pub(crate) boot_id: &'a str,
     pub(crate) wanted: &'a str,
     pub(crate) error: Option<&'a ErrorRecord>,
+    pub(crate) holders: &'a [HolderRecord],
     pub(crate) devices: &'a [DeviceRecord],
 }
 
@@ -104,39 +71,51 @@ pub(crate) struct Facts<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Publication {
     pub(crate) verdict: Verdict,
-    status: String,
+    /// With the time when it became so, should it not stand already.
+    status: CcStatus,
 }
 
 impl Publication {
     pub(crate) fn new(verdict: Verdict, facts: Facts<'_>) -> Self {
-        let Facts { node_uid, boot_id, wanted, error, devices } = facts;
-        let devices = devices
-            .iter()
-            .map(|record| Device {
-                bdf: record.bdf,
-                ids: &record.identity.ids,
-                subsystem: record.identity.subsystem.as_deref(),
-                configured_mode: record.configured_mode.as_deref(),
-                active_mode: record.active_mode.as_deref(),
-                verified_at: record.verified_at,
-                error: record.error.as_ref(),
-            })
-            .collect();
-        let status = Status { schema: SCHEMA, node_uid, boot_id, wanted, result: verdict.word(), error, devices };
-        // A struct of texts and numbers always has a JSON form.
-        let status = serde_json::to_string(&status).unwrap_or_default();
+        let Facts { node_uid, boot_id, wanted, error, holders, devices } = facts;
+        let status = CcStatus {
+            schema: SCHEMA,
+            node_uid: node_uid.to_owned(),
+            boot_id: boot_id.to_owned(),
+            wanted: wanted.to_owned(),
+            result: verdict.word().to_owned(),
+            since: Some(jiff::Timestamp::now()),
+            error: error.cloned(),
+            holders: holders.to_vec(),
+            devices: devices.iter().map(DeviceStatus::from).collect(),
+        };
         Self { verdict, status }
+    }
+
+    /// The annotation's text, with the time since when the node is what it is.
+    fn status(&self, node: &NodeState) -> String {
+        let standing = node.annotation(annotations::CC_STATUS);
+        let standing = standing.and_then(|text| serde_json::from_str::<CcStatus>(text).ok());
+        let is_same = |standing: &CcStatus| {
+            let key = |status: &CcStatus| {
+                (status.node_uid.clone(), status.boot_id.clone(), status.wanted.clone(), status.result.clone())
+            };
+            key(standing) == key(&self.status)
+        };
+        let since = standing.filter(is_same).and_then(|standing| standing.since).or(self.status.since);
+        // A struct of texts and numbers always has a JSON form.
+        serde_json::to_string(&CcStatus { since, ..self.status.clone() }).unwrap_or_default()
     }
 
     /// The one patch: both labels together, the annotation, the components taken up again, no change under way.
     pub(crate) fn change(&self, node: &NodeState) -> Change {
         if self.verdict == Verdict::Observed {
-            return Change::new().annotation(annotations::CC_STATUS, &*self.status);
+            return Change::new().annotation(annotations::CC_STATUS, self.status(node));
         }
         let change = operands::take_up(node, Change::new())
             .without_annotation(annotations::TRANSITION)
             .label(labels::CC_READY_STATE, self.verdict.ready_state())
-            .annotation(annotations::CC_STATUS, &*self.status);
+            .annotation(annotations::CC_STATUS, self.status(node));
         match self.verdict.mode_state() {
             Some(state) => change.label(labels::CC_MODE_STATE, state),
             None => change,
@@ -212,15 +191,31 @@ mod tests {
     #[test]
     fn the_status_is_the_same_while_the_truth_is() {
         let error = ErrorRecord { code: "InUse".to_owned(), message: "0000:41:00.0: in use".to_owned() };
-        let facts = Facts { node_uid: "u", boot_id: "b", wanted: "on", error: Some(&error), devices: &[] };
-        let one = Publication::new(Verdict::NotBegun, facts);
-        assert_eq!(one, Publication::new(Verdict::NotBegun, facts));
+        let bdf = "0000:41:00.0".parse().unwrap();
+        let holders = [HolderRecord { bdf, pid: Some(4711), comm: None, pod: Some("ns/name".to_owned()) }];
+        let facts =
+            Facts { node_uid: "u", boot_id: "b", wanted: "on", error: Some(&error), holders: &holders, devices: &[] };
+        let told = |change: &Change| change.annotations[annotations::CC_STATUS].clone().unwrap();
+        let mut node = NodeState::default();
+        let first = Publication::new(Verdict::NotBegun, facts).change(&node);
+        let since = serde_json::from_str::<CcStatus>(&told(&first)).unwrap().since.unwrap();
         assert_eq!(
-            one.status,
-            r#"{"schema":1,"nodeUid":"u","bootId":"b","wanted":"on","result":"not-begun","error":{"code":"InUse","message":"0000:41:00.0: in use"},"devices":[]}"#
+            told(&first),
+            format!(
+                r#"{{"schema":1,"nodeUid":"u","bootId":"b","wanted":"on","result":"not-begun","since":"{since}","error":{{"code":"InUse","message":"0000:41:00.0: in use"}},"holders":[{{"bdf":"0000:41:00.0","pid":4711,"pod":"ns/name"}}],"devices":[]}}"#
+            )
         );
-        let change = one.change(&NodeState::default());
-        assert_eq!(change.labels.len(), 1, "a change that did not begin leaves cc.mode.state alone");
+        assert_eq!(first.labels.len(), 1, "a change that did not begin leaves cc.mode.state alone");
+
+        // Found again later: not a byte is another one. Another error: since when the node waits is the same.
+        node.annotations.insert(annotations::CC_STATUS.to_owned(), told(&first));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        assert_eq!(told(&Publication::new(Verdict::NotBegun, facts).change(&node)), told(&first));
+        let other = Publication::new(Verdict::NotBegun, Facts { error: None, ..facts }).change(&node);
+        assert_eq!(serde_json::from_str::<CcStatus>(&told(&other)).unwrap().since, Some(since));
+        let later = Publication::new(Verdict::Failed, facts).change(&node);
+        assert_ne!(serde_json::from_str::<CcStatus>(&told(&later)).unwrap().since, Some(since));
+
         let seen = Publication::new(Verdict::Observed, facts).change(&NodeState::default());
         assert_eq!(
             (seen.labels.len(), seen.annotations.len()),
@@ -254,7 +249,7 @@ mod tests {
 
         let last = Publication::new(
             Verdict::Failed,
-            Facts { node_uid: "u", boot_id: "b", wanted: "on", error: None, devices: &[] },
+            Facts { node_uid: "u", boot_id: "b", wanted: "on", error: None, holders: &[], devices: &[] },
         )
         .change(&node);
         assert_eq!(last.labels[VFIO].as_deref(), Some("true"));

@@ -84,7 +84,13 @@ impl FakeFirmware {
 
 fn fault(bdf: Bdf, code: &str, busy: bool) -> DeviceFault {
     let message = format!("{bdf}: register 0x2000bc says {code}; do something");
-    DeviceFault { bdf, busy, untouched: code == "Stopped", error: ErrorRecord { code: code.to_owned(), message } }
+    DeviceFault {
+        bdf,
+        busy,
+        untouched: code == "Stopped",
+        error: ErrorRecord { code: code.to_owned(), message },
+        holders: Vec::new(),
+    }
 }
 
 impl FakeFirmware {
@@ -352,7 +358,7 @@ async fn the_label_becomes_the_mode_of_all_gpus() {
     assert!(agent.readiness.is_ready());
     let metrics = agent.metrics.encode().unwrap();
     assert!(metrics.contains(r#"ccnode_cc_transitions_total{target="on",result="applied"} 1"#), "{metrics}");
-    assert!(metrics.contains(r#"ccnode_cc_device_verified_mode{device="0000:41:00.0",mode="on"} 1"#), "{metrics}");
+    assert!(metrics.contains(r#"ccnode_cc_device_active_mode{device="0000:41:00.0",mode="on"} 1"#), "{metrics}");
 
     for (label, mode, ready) in [("devtools", "devtools", ""), ("off", "off", "false"), ("on", "on", "true")] {
         let before = world.api.patches().len();

@@ -10,6 +10,7 @@ mod change;
 mod client;
 mod error;
 mod events;
+pub mod operands;
 mod state;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use node_object::{Change, NodeState};
+use crate::{Change, NodeState};
 
 /// What a paused component's label says. It is the reference's own marker: each of us takes up what the other has paused
 /// and left behind.
@@ -31,29 +31,29 @@ const OPERANDS: [Operand; 6] = [
 ];
 
 /// The labels that pausing and taking up are computed from.
-pub(crate) fn labels() -> impl Iterator<Item = &'static str> {
+pub fn labels() -> impl Iterator<Item = &'static str> {
     OPERANDS.iter().map(|operand| operand.label)
 }
 
 /// The deploy labels of the node as they are, where they say anything.
-pub(crate) fn present(node: &NodeState) -> BTreeMap<String, String> {
+pub fn present(node: &NodeState) -> BTreeMap<String, String> {
     let value = |label| node.label(label).filter(|value| !value.is_empty());
     labels().filter_map(|label| Some((label.to_owned(), value(label)?.to_owned()))).collect()
 }
 
 /// Whether a component is paused by us, or by the reference in our place.
-pub(crate) fn any_paused(node: &NodeState) -> bool {
+pub fn any_paused(node: &NodeState) -> bool {
     labels().any(|label| node.label(label).is_some_and(|value| value.contains(MARKER)))
 }
 
 /// Adds the pausing of every component to `change`. A label that is absent or empty stays so: the operator takes an empty
 /// one for a request to deploy.
-pub(crate) fn pause(node: &NodeState, change: Change) -> Change {
+pub fn pause(node: &NodeState, change: Change) -> Change {
     transform(node, change, paused)
 }
 
 /// Adds the taking up of every component to `change`, from the labels as they are now: what others wrote meanwhile stays.
-pub(crate) fn take_up(node: &NodeState, change: Change) -> Change {
+pub fn take_up(node: &NodeState, change: Change) -> Change {
     transform(node, change, taken_up)
 }
 
@@ -85,7 +85,7 @@ fn taken_up(value: &str) -> String {
 
 /// Whether a pod with these labels belongs to a component whose label on `node` is paused by us. A component that somebody
 /// else has stopped has nothing to wait for.
-pub(crate) fn is_paused_pod(node: &NodeState, pod: &BTreeMap<String, String>) -> bool {
+pub fn is_paused_pod(node: &NodeState, pod: &BTreeMap<String, String>) -> bool {
     OPERANDS.iter().any(|operand| {
         let is_its = ["name", "app"].iter().any(|key| pod.get(*key).is_some_and(|value| value == operand.pod));
         is_its && node.label(operand.label).is_some_and(|value| value.contains(MARKER))
