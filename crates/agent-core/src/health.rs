@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 /// Where, if anywhere, `/healthz`, `/readyz` and `/metrics` are served.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct HealthArgs {
-    /// Address of the HTTP endpoint with /healthz, /readyz and /metrics, such as 0.0.0.0:8080; empty serves none
+    /// Address of the HTTP endpoint with /healthz, /readyz, /metrics and, from this machine alone, /state, such as 0.0.0.0:8080; empty serves none
     #[arg(long = "health-addr", env = "HEALTH_ADDR", value_name = "ADDR", default_value = "")]
     pub health_addr: String,
 }

@@ -1,7 +1,8 @@
-//! The small HTTP endpoint of an agent: `/healthz`, `/readyz`, `/metrics`.
+//! The small HTTP endpoint of an agent: `/healthz`, `/readyz`, `/metrics`, and, for those on the same machine, `/state`.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -32,18 +33,41 @@ pub struct BindError {
     source: std::io::Error,
 }
 
+/// What an agent knows and is about to do, as JSON for people who look for the reason of something. It names devices, pods and
+/// processes, and so is shown on the loopback interface alone. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct StateDump(Arc<Mutex<Option<String>>>);
+
+impl StateDump {
+    /// Replaces what is shown.
+    pub fn show(&self, json: String) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(json);
+    }
+
+    fn text(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What the endpoint tells of.
+#[derive(Clone, Debug)]
+struct Sources {
+    readiness: Registry,
+    metrics: Metrics,
+    state: StateDump,
+}
+
 /// An open endpoint that nobody serves yet.
 #[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
-    readiness: Registry,
-    metrics: Metrics,
+    sources: Sources,
 }
 
 /// Opens the endpoint, so that a taken port is an error at start.
 pub async fn bind(addr: SocketAddr, readiness: Registry, metrics: Metrics) -> Result<Server, BindError> {
     let listener = TcpListener::bind(addr).await.map_err(|source| BindError { addr, source })?;
-    Ok(Server { listener, readiness, metrics })
+    Ok(Server { listener, sources: Sources { readiness, metrics, state: StateDump::default() } })
 }
 
 /// Opens the endpoint and serves it until shutdown.
@@ -58,6 +82,13 @@ pub async fn serve(
 }
 
 impl Server {
+    /// Also shows `state`, at `/state`.
+    #[must_use]
+    pub fn with_state(mut self, state: StateDump) -> Self {
+        self.sources.state = state;
+        self
+    }
+
     /// The address that was bound (with the kernel's choice of port where 0 was asked for).
     pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
         self.listener.local_addr()
@@ -71,8 +102,8 @@ impl Server {
                 () = shutdown.wait() => return,
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
                 accepted = self.listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                    Ok((stream, _)) => {
-                        connections.spawn(connection(stream, self.readiness.clone(), self.metrics.clone()));
+                    Ok((stream, peer)) => {
+                        connections.spawn(connection(stream, peer, self.sources.clone()));
                     }
                     Err(error) => {
                         // Out of file descriptors, most likely: accepting again at once would spin.
@@ -85,9 +116,10 @@ impl Server {
     }
 }
 
-async fn connection(stream: TcpStream, readiness: Registry, metrics: Metrics) {
+async fn connection(stream: TcpStream, peer: SocketAddr, sources: Sources) {
+    let is_local = peer.ip().to_canonical().is_loopback();
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = answer(request.method(), request.uri().path(), &readiness, &metrics);
+        let response = answer(request.method(), request.uri().path(), &sources, is_local);
         async move { Ok::<_, Infallible>(response) }
     });
     let serving = hyper::server::conn::http1::Builder::new()
@@ -101,8 +133,9 @@ async fn connection(stream: TcpStream, readiness: Registry, metrics: Metrics) {
     }
 }
 
-fn answer(method: &Method, path: &str, readiness: &Registry, metrics: &Metrics) -> Response<Full<Bytes>> {
+fn answer(method: &Method, path: &str, sources: &Sources, is_local: bool) -> Response<Full<Bytes>> {
     const TEXT: &str = "text/plain; charset=utf-8";
+    let Sources { readiness, metrics, state } = sources;
     if method != Method::GET && method != Method::HEAD {
         let mut response = response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "Only GET and HEAD\n".to_owned());
         response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
@@ -118,7 +151,16 @@ fn answer(method: &Method, path: &str, readiness: &Registry, metrics: &Metrics) 
             Ok(text) => response(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text),
             Err(error) => response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
         },
-        _ => response(StatusCode::NOT_FOUND, TEXT, "/healthz /readyz /metrics\n".to_owned()),
+        "/state" if !is_local => response(
+            StatusCode::FORBIDDEN,
+            TEXT,
+            "Only from this machine (in a pod: kubectl port-forward)\n".to_owned(),
+        ),
+        "/state" => match state.text() {
+            Some(json) => response(StatusCode::OK, "application/json", json),
+            None => response(StatusCode::NOT_FOUND, TEXT, "Nothing is known yet\n".to_owned()),
+        },
+        _ => response(StatusCode::NOT_FOUND, TEXT, "/healthz /readyz /metrics /state\n".to_owned()),
     }
 }
 
@@ -147,7 +189,9 @@ mod tests {
         let readiness = Registry::default();
         let guard = readiness.register("watch");
         let shutdown = Shutdown::manual();
+        let state = StateDump::default();
         let server = bind("127.0.0.1:0".parse().unwrap(), readiness, Metrics::new()).await.unwrap();
+        let server = server.with_state(state.clone());
         let addr = server.local_addr().unwrap();
         let serving = tokio::spawn(server.serve(shutdown.clone()));
 
@@ -159,6 +203,9 @@ mod tests {
         assert!(ask(addr, &get("/readyz")).await.starts_with("HTTP/1.1 200 "));
         assert!(ask(addr, &get("/metrics")).await.ends_with("# EOF\n"));
         assert!(ask(addr, &get("/else")).await.starts_with("HTTP/1.1 404 "));
+        assert!(ask(addr, &get("/state")).await.starts_with("HTTP/1.1 404 "));
+        state.show("{\"label\":\"on\"}".to_owned());
+        assert!(ask(addr, &get("/state")).await.ends_with("\r\n\r\n{\"label\":\"on\"}"));
         let reply =
             ask(addr, b"POST /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").await;
         assert!(reply.starts_with("HTTP/1.1 405 ") && reply.contains("allow: GET, HEAD"), "{reply}");
@@ -176,5 +223,14 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(5), serving).await.unwrap().unwrap();
         let error = bind("192.0.2.1:1".parse().unwrap(), Registry::default(), Metrics::new()).await.unwrap_err();
         assert!(error.to_string().contains("192.0.2.1:1"));
+    }
+
+    #[test]
+    fn the_state_is_for_those_on_the_same_machine() {
+        let state = StateDump::default();
+        state.show("{}".to_owned());
+        let sources = Sources { readiness: Registry::default(), metrics: Metrics::new(), state };
+        let status = |is_local| answer(&Method::GET, "/state", &sources, is_local).status().as_u16();
+        assert_eq!((status(true), status(false)), (200, 403));
     }
 }

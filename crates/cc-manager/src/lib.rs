@@ -101,6 +101,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         () = shutdown.wait() => return Ok(()),
     };
     let node = NodeClient::new(client, node_name, "ccnode-cc-manager");
+    node.counts().register(&metrics);
     let settings = Settings {
         default_mode: default_cc_mode,
         readiness_file,

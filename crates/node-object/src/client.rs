@@ -5,12 +5,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent_core::backoff::Backoff;
+use http::Response;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
+use http_body_util::{Either, Full};
+use hyper::body::Bytes;
 use kube::api::{ListParams, Patch, PatchParams};
+use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::Request;
+use serde_json::json;
 use tokio::sync::watch;
+use tower::util::MapResponseLayer;
 
 use crate::change::{Change, Reads};
+use crate::counts::Counts;
 use crate::error::NodeError;
 use crate::state::{List, NodeState, NodeView, Object};
 
@@ -39,7 +47,7 @@ impl Default for Timing {
             watch_grace: Duration::from_secs(20),
             first_delay: Duration::from_millis(500),
             last_delay: Duration::from_mins(1),
-            relist_spread: Duration::from_secs(5),
+            relist_spread: Duration::from_mins(1),
         }
     }
 }
@@ -52,6 +60,7 @@ pub struct NodeClient {
     manager: Arc<str>,
     pub(crate) timing: Timing,
     view: Arc<watch::Sender<NodeView>>,
+    counts: Counts,
 }
 
 impl std::fmt::Debug for NodeClient {
@@ -87,10 +96,28 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<kube::Client, NodeErro
     config.connect_timeout = Some(Duration::from_secs(10));
     // Retries are ours: they back off with jitter and end with the agent.
     config.default_retry = false;
-    kube::Client::try_from(config).map_err(|source| NodeError::Config {
+    let builder = ClientBuilder::try_from(config).map_err(|source| NodeError::Config {
         kubeconfig: "the configuration found".to_owned(),
         source: Box::new(source),
-    })
+    })?;
+    Ok(builder.with_layer(&MapResponseLayer::new(keep_retry_after)).build())
+}
+
+/// A server that is overloaded says so in plain text, and in a header how long to stay away; the client library keeps the
+/// text alone. Such an answer becomes a `Status`, whose details it keeps.
+fn keep_retry_after<B>(response: Response<B>) -> Response<Either<B, Full<Bytes>>> {
+    let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+    let seconds = header(RETRY_AFTER).and_then(|text| text.trim().parse::<u32>().ok());
+    let is_status = header(CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json"));
+    let code = response.status();
+    let Some(seconds) = seconds.filter(|_| !is_status && !code.is_success()) else { return response.map(Either::Left) };
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code.as_u16(), "reason": "",
+        "message": format!("{code}, come back in {seconds} s"), "details": {"retryAfterSeconds": seconds},
+    });
+    let mut response = response.map(|_| Either::Right(Full::from(status.to_string())));
+    response.headers_mut().remove(CONTENT_LENGTH);
+    response
 }
 
 const NODES: &str = "/api/v1/nodes";
@@ -106,6 +133,7 @@ impl NodeClient {
             manager: manager.into(),
             timing: Timing::default(),
             view: Arc::new(watch::Sender::new(NodeView::Unknown)),
+            counts: Counts::default(),
         }
     }
 
@@ -119,6 +147,11 @@ impl NodeClient {
     /// The node's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What has been asked of the API server so far.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// What is known of the node, latest first: a receiver that is slow sees only the last state. Filled by
@@ -217,6 +250,7 @@ impl NodeClient {
                     if attempts == ATTEMPTS {
                         return Err(NodeError::Conflict { node: name, attempts, source });
                     }
+                    self.counts.conflicted();
                     tracing::debug!(attempts, error = %source, "Node changed under a patch, reading it again");
                     tokio::time::sleep(backoff.next_delay()).await;
                     node = self.get().await?;
@@ -243,10 +277,12 @@ impl NodeClient {
         verb: &'static str,
         request: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, NodeError> {
-        match tokio::time::timeout(self.timing.request, request).await {
+        let answer = match tokio::time::timeout(self.timing.request, request).await {
             Ok(answer) => answer.map_err(|error| self.error(verb, error)),
             Err(_) => Err(NodeError::Timeout { node: self.name.to_string(), verb, after: self.timing.request }),
-        }
+        };
+        self.counts.request(verb, answer.as_ref().err());
+        answer
     }
 
     pub(crate) fn error(&self, verb: &'static str, error: kube::Error) -> NodeError {
@@ -261,4 +297,34 @@ pub(crate) fn build(error: kube::core::request::Error) -> kube::Error {
 /// A failed `test` is 422 (Invalid); a lost race inside the API server is 409.
 fn is_conflict(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 409 || status.code == 422)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::BodyExt;
+
+    #[tokio::test]
+    async fn a_plain_refusal_keeps_its_time() {
+        for (code, kind, header, seconds) in [
+            (429, "text/plain; charset=utf-8", Some("7"), Some(7)),
+            (503, "text/html", Some(" 3 "), Some(3)),
+            (429, "text/plain", Some("Wed, 21 Oct 2026 07:28:00 GMT"), None),
+            (429, "text/plain", None, None),
+            // A Status says it itself, and a success is none.
+            (429, "application/json", Some("7"), None),
+            (200, "text/plain", Some("7"), None),
+        ] {
+            let mut response = Response::builder().status(code).header(CONTENT_TYPE, kind).header(CONTENT_LENGTH, 4);
+            if let Some(header) = header {
+                response = response.header(RETRY_AFTER, header);
+            }
+            let response = keep_retry_after(response.body(Full::<Bytes>::from("text")).unwrap());
+            assert_eq!(response.status().as_u16(), code);
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            let status: Option<serde_json::Value> = serde_json::from_slice(&body).ok();
+            let told = status.and_then(|status| status["details"]["retryAfterSeconds"].as_u64());
+            assert_eq!((told, body == "text"), (seconds, seconds.is_none()), "{code} {kind} {header:?}");
+        }
+    }
 }

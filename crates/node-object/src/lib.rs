@@ -8,6 +8,7 @@
 
 mod change;
 mod client;
+mod counts;
 mod error;
 mod events;
 pub mod operands;
@@ -19,6 +20,7 @@ mod watch;
 
 pub use change::Change;
 pub use client::{NodeClient, Timing, connect};
+pub use counts::Counts;
 pub use error::NodeError;
 pub use events::{Event, Events, Sender as EventSender};
 pub use state::{NodeState, NodeView};

@@ -45,7 +45,9 @@ impl NodeClient {
         let mut failures = 0;
         while failures < FAILURES {
             let begun = Instant::now();
-            match self.follow_once(&mut version).await {
+            let followed = self.follow_once(&mut version).await;
+            self.counts().watch_restarted();
+            match followed {
                 Ok(()) if begun.elapsed() >= Duration::from_secs(1) => {
                     failures = 0;
                     backoff.reset();

@@ -291,11 +291,11 @@ impl ApiError {
             ),
             410 => Self::expired("The provided resourceVersion is too old"),
             422 => Self::unprocessable(),
-            429 => Self::too_many_requests(
-                "the server has received too many requests and has asked us to try again later",
-                retry_after,
-                Vec::new(),
-            ),
+            // Priority and fairness, or the limit of requests in flight: plain text, and the time in the header alone.
+            429 => {
+                let text = "Too many requests, please try again later.\n";
+                Self { plain: true, ..Self::new(429, "TooManyRequests", text) }
+            }
             500 => Self::internal("injected fault"),
             503 => Self::new(503, "ServiceUnavailable", "the server is currently unable to handle the request"),
             504 => Self::new(504, "Timeout", "Timeout: request did not complete within the allotted timeout"),
