@@ -56,9 +56,14 @@ pub struct Args {
     #[arg(long, env = "CCNODE_HOLD_DOWN", value_name = "TIME", default_value = "1m", value_parser = duration)]
     pub hold_down: Duration,
 
-    /// How often to look whether a GPU that was in use has been let go; it is then verified again
+    /// How often to look, while a GPU is in use, whether it has been let go; it is then verified again
     #[arg(long, env = "CCNODE_RELEASE_POLL", value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub release_poll: Duration,
+
+    /// Socket of the kubelet's pod-resources service, which tells the pods that have GPUs; empty, or where it is not there (under
+    /// the operator), pods are not looked at
+    #[arg(long, env = "CCNODE_POD_RESOURCES", value_name = "PATH", default_value = kubelet_api::POD_RESOURCES_SOCKET)]
+    pub pod_resources: PathBuf,
 
     /// How long to wait for paused components to end before a change is given up and everything put back
     #[arg(long, env = "CCNODE_PAUSE_TIMEOUT", value_name = "TIME", default_value = "5m", value_parser = duration)]
@@ -77,7 +82,7 @@ pub struct Args {
     pub state_dir: PathBuf,
 
     /// How often to look at the node and its devices when nothing has happened
-    #[arg(long, env = "CCNODE_RESYNC", value_name = "TIME", default_value = "5m", value_parser = duration)]
+    #[arg(long, env = "CCNODE_RESYNC", value_name = "TIME", default_value = "1m", value_parser = duration)]
     pub resync: Duration,
 
     /// First delay before a failed change is tried again; it doubles each time

@@ -8,22 +8,25 @@ use std::time::Duration;
 
 use agent_core::backoff::Backoff;
 use agent_core::hostfile::HostDir;
+use agent_core::http::StateDump;
 use agent_core::metrics::Metrics;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, HolderRecord, Origin, Transition};
 use agent_core::text::chain;
+use agent_core::uevents::DeviceEvents;
 use gpu_firmware::{Cost, Mode};
 use hw_probe::{Bdf, Inventory, PciFunction, Problem, SysRoot, Tee};
 use node_object::{Change, Event, Events, NodeClient, NodeError, NodeState, NodeView, annotations, labels, operands};
 use tokio::time::Instant;
 
+use crate::allocations;
 use crate::audit;
 use crate::executor::{self, DeviceFault, DeviceResult, Firmware};
 use crate::metrics::Counters;
 use crate::plan::{self, Action, Source, Wanted};
 use crate::publish::{Facts, Journal, Publication, Verdict};
-use crate::releases::Releases;
+use crate::releases::{Power, Releases};
 
 /// What the command line decides.
 #[derive(Clone, Debug)]
@@ -50,8 +53,12 @@ pub struct Settings {
     pub only_observe: bool,
     /// Least time between a change that reset devices and the next one to another mode.
     pub hold_down: Duration,
-    /// How often to look whether a device that was in use has been let go.
+    /// How often to look, while a device is in use, whether it has been let go.
     pub release_poll: Duration,
+    /// Socket of the kubelet's pod-resources service; where it is not there, nothing is known of pods.
+    pub pod_resources: PathBuf,
+    /// Least time between two patches of the node that tell of one failure that goes on.
+    pub patch_pause: Duration,
     /// How the operator's components are paused during a change; none pauses none.
     pub pausing: Option<Pausing>,
     /// How long to wait for devices in use, with the node withdrawn; zero leaves everything as it is until they are free.
@@ -78,6 +85,7 @@ pub struct Controller<F> {
     counters: Counters,
     node_seen: readiness::Guard,
     first_attempt: readiness::Guard,
+    dump: StateDump,
     memory: Memory,
 }
 
@@ -85,6 +93,8 @@ pub struct Controller<F> {
 struct Memory {
     /// The label's value of the last round; none before the first.
     label: Option<String>,
+    /// The last value of the annotation that asks to try again.
+    retry_word: Option<String>,
     /// What stands, or is to stand, on the node object.
     publication: Option<Publication>,
     /// The last `devices.json`, should the file be lost.
@@ -99,6 +109,13 @@ struct Memory {
     next_publish: Option<Instant>,
     retry: Backoff,
     api_retry: Backoff,
+    /// What was last written of a failure, and when.
+    told_failure: Option<(&'static str, Instant)>,
+    /// What became of each device in the last attempt that is on record.
+    audited: Vec<(Bdf, Option<String>)>,
+    /// The devices of the last round, and when to look whether these are others by now.
+    seen: Seen,
+    look_at: Option<Instant>,
     /// When devices were last reset by us.
     last_reset: Option<Instant>,
     /// When each device was seen to be in use.
@@ -112,6 +129,67 @@ struct Memory {
     said: BTreeSet<String>,
     /// The error that the last event was about.
     told: Option<ErrorRecord>,
+}
+
+/// The devices of a round: of each, which one it is, and its driver.
+#[derive(Debug, Default)]
+struct Seen(BTreeMap<Bdf, (Option<u64>, Option<String>)>);
+
+impl Seen {
+    fn of(inventory: &Inventory) -> Self {
+        let devices = inventory.gpus().chain(inventory.nvswitches());
+        Self(devices.map(|device| (device.bdf, (device.instance, device.driver.clone()))).collect())
+    }
+
+    fn instances(&self) -> Vec<(Bdf, Option<u64>)> {
+        self.0.iter().map(|(bdf, (instance, _))| (*bdf, *instance)).collect()
+    }
+}
+
+impl Memory {
+    /// Whether the last attempt was one to bring devices to this mode, and failed.
+    fn is_failing_in(&self, mode: Mode) -> bool {
+        let failed = self.publication.as_ref().filter(|publication| publication.verdict == Verdict::Failed);
+        failed.is_some_and(|publication| publication.status.wanted == mode.as_str())
+    }
+
+    /// Somebody wants something: what was waited with is done at once, and what was said is said again.
+    fn begin_anew(&mut self) {
+        self.retry.reset();
+        self.said.clear();
+        self.told_failure = None;
+        self.audited.clear();
+    }
+
+    /// What is shown to people who look for a reason.
+    fn dump(&self, node: &str) -> String {
+        let clock = |at: Instant| {
+            let (now, here) = (jiff::Timestamp::now(), Instant::now());
+            let shifted = match at.checked_duration_since(here) {
+                Some(ahead) => now.checked_add(ahead),
+                None => now.checked_sub(here - at),
+            };
+            shifted.ok().map(|at| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+        };
+        let publication = self.publication.as_ref();
+        let dump = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "node": node,
+            "label": self.label,
+            "toBePublished": publication.map(|publication| &publication.status),
+            "isPublished": publication.is_some() && self.next_publish.is_none(),
+            "devicesFile": self.known,
+            "devicesFileIsOnDisk": self.on_disk,
+            "inUse": self.releases.in_use().map(|bdf| bdf.to_string()).collect::<Vec<_>>(),
+            "inTheWay": self.awaited.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "lastReset": self.last_reset.and_then(clock),
+            "nextRound": clock(self.next_round),
+            "nextLookAtPower": clock(self.next_poll),
+            "nextPublication": self.next_publish.and_then(clock),
+            "problems": self.problems.iter().map(|problem| format!("{}: {}", problem.path, problem.message)).collect::<Vec<_>>(),
+        });
+        dump.to_string()
+    }
 }
 
 /// How a round ended.
@@ -141,6 +219,7 @@ impl<F: Firmware> Controller<F> {
     ) -> Self {
         let memory = Memory {
             label: None,
+            retry_word: None,
             publication: None,
             known: None,
             on_disk: false,
@@ -149,6 +228,10 @@ impl<F: Firmware> Controller<F> {
             next_publish: None,
             retry: Backoff::new(settings.retry_min, settings.retry_max),
             api_retry: Backoff::new(Duration::from_millis(500).min(settings.retry_min), Duration::from_secs(30)),
+            told_failure: None,
+            audited: Vec::new(),
+            seen: Seen::default(),
+            look_at: None,
             last_reset: None,
             releases: Releases::default(),
             awaited: Vec::new(),
@@ -166,13 +249,22 @@ impl<F: Firmware> Controller<F> {
             firmware,
             root,
             events,
+            dump: StateDump::default(),
             memory,
         }
+    }
+
+    /// Shows what it knows and is about to do there.
+    #[must_use]
+    pub fn with_dump(mut self, dump: StateDump) -> Self {
+        self.dump = dump;
+        self
     }
 
     /// Works until shutdown. A change that is under way then is given the grace.
     pub async fn run(mut self, shutdown: Shutdown) {
         let mut view = self.node.subscribe();
+        let mut device_events = DeviceEvents::subscribe();
         loop {
             let current = view.borrow_and_update().clone();
             match current {
@@ -191,13 +283,18 @@ impl<F: Firmware> Controller<F> {
                 NodeView::Absent => self.node_seen.not_ready(),
             }
             self.poll_releases();
-            let wake = self.memory.next_publish.map_or(self.memory.next_round, |at| at.min(self.memory.next_round));
-            let wake = wake.min(self.memory.next_poll);
+            self.dump.show(self.memory.dump(self.node.name()));
+            let Memory { next_round, next_poll, next_publish, look_at, .. } = self.memory;
+            let wake = [Some(next_poll), next_publish, look_at].into_iter().flatten().fold(next_round, Instant::min);
             let present = view.borrow().node().is_some();
             tokio::select! {
                 () = shutdown.wait() => return,
                 // The sender lives in `self.node`, so this is always a change.
                 _ = view.changed() => {}
+                () = device_events.changed() => {
+                    device_events.drain();
+                    self.memory.look_at.get_or_insert_with(|| Instant::now() + SETTLED);
+                }
                 () = tokio::time::sleep_until(wake), if present => {}
             }
         }
@@ -210,8 +307,20 @@ impl<F: Firmware> Controller<F> {
         if relabelled {
             tracing::info!(event = "label_seen", label = labels::CC_MODE, value = label, "Wanted mode seen");
             self.memory.label = Some(label.to_owned());
-            self.memory.retry.reset();
-            self.memory.said.clear();
+            self.memory.begin_anew();
+        }
+        let retry_word = node.annotation(annotations::RETRY);
+        if self.memory.retry_word.as_deref() != retry_word {
+            self.memory.retry_word = retry_word.map(ToOwned::to_owned);
+            if retry_word.is_some() && !relabelled {
+                tracing::info!(event = "retry_asked", annotation = annotations::RETRY, "Asked to try again");
+                self.memory.begin_anew();
+                self.memory.next_round = Instant::now();
+            }
+        }
+        if self.memory.look_at.is_some_and(|at| Instant::now() >= at) {
+            self.memory.look_at = None;
+            self.look_for_other_devices().await;
         }
         if relabelled || Instant::now() >= self.memory.next_round {
             let round = self.round(node, shutdown).await;
@@ -244,6 +353,21 @@ impl<F: Firmware> Controller<F> {
         self.publish().await;
     }
 
+    /// The kernel says that devices came, went or changed drivers: another set of devices is no matter for later, and a change
+    /// that waits for a driver to let go may be possible now.
+    async fn look_for_other_devices(&mut self) {
+        let root = self.root.clone();
+        let Ok(inventory) = tokio::task::spawn_blocking(move || Inventory::scan(&root)).await else { return };
+        let (before, now) = (&self.memory.seen, Seen::of(&inventory));
+        if before.instances() != now.instances() {
+            tracing::info!(event = "devices_changed", "Devices have come or gone");
+            self.memory.next_round = Instant::now();
+        } else if self.memory.awaited.iter().any(|bdf| before.0.get(bdf) != now.0.get(bdf)) {
+            tracing::info!(event = "devices_changed", "A device that was in the way of a change has another driver");
+            self.memory.next_round = Instant::now();
+        }
+    }
+
     /// Looks, every now and then, whether a device that was in use has been let go. If so it is to be looked at again: its user
     /// may have changed its knobs. It is not offered until then. A device that was in the way of a change is tried at once.
     fn poll_releases(&mut self) {
@@ -251,20 +375,28 @@ impl<F: Firmware> Controller<F> {
         if now < self.memory.next_poll {
             return;
         }
-        self.memory.next_poll = now + self.settings.release_poll;
-        let Some(known) = self.memory.known.as_ref() else { return };
-        let suspended: BTreeMap<Bdf, bool> = known
+        let Some(known) = self.memory.known.as_ref() else {
+            self.memory.next_poll = now + self.settings.resync;
+            return;
+        };
+        let powers: BTreeMap<Bdf, Power> = known
             .devices
             .iter()
             .filter_map(|record| {
-                let path = self.root.function(record.bdf).join("power/runtime_status");
-                let status = std::fs::read_to_string(path).ok()?;
-                Some((record.bdf, status.trim_end() == "suspended"))
+                let folder = self.root.function(record.bdf).join("power");
+                let word = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
+                // One that is kept awake says nothing of its users.
+                word("control").filter(|control| control.trim_end() != "on")?;
+                let suspended = word("runtime_status")?.trim_end() == "suspended";
+                let awake_ms = word("runtime_active_time").and_then(|text| text.trim_end().parse().ok());
+                Some((record.bdf, Power { suspended, awake_ms }))
             })
             .collect();
-        let released = self.memory.releases.see(&suspended);
+        let released = self.memory.releases.see(&powers);
         let awaited = &self.memory.awaited;
-        if !awaited.is_empty() && awaited.iter().all(|bdf| suspended.get(bdf).copied().unwrap_or(false)) {
+        let often = self.memory.releases.any_awake() || !awaited.is_empty();
+        self.memory.next_poll = now + if often { self.settings.release_poll } else { self.settings.resync };
+        if !awaited.is_empty() && awaited.iter().all(|bdf| powers.get(bdf).is_some_and(|power| power.suspended)) {
             tracing::info!(event = "released", "Devices that were in the way of a change are free");
             self.memory.awaited.clear();
             self.memory.next_round = now;
@@ -277,7 +409,7 @@ impl<F: Firmware> Controller<F> {
         }
         self.counters.released(released.len());
         if let Some(mut file) = self.memory.known.take() {
-            plan::forget(&mut file.devices, &released);
+            plan::doubt(&mut file.devices, &released);
             let state = StateDir {
                 path: self.settings.state_dir.clone(),
                 boot_id: file.origin.boot_id.clone(),
@@ -295,6 +427,10 @@ impl<F: Firmware> Controller<F> {
             // The next round is due at once: the gate is not opened in between.
             return;
         }
+        if let Some(at) = self.too_early_to_repeat(publication) {
+            self.memory.next_publish = Some(at);
+            return;
+        }
         let labels: Vec<&str> = operands::labels().collect();
         let mut written = false;
         let compute = |node: &NodeState| {
@@ -307,6 +443,8 @@ impl<F: Firmware> Controller<F> {
                 self.memory.next_publish = None;
                 self.memory.api_retry.reset();
                 if written {
+                    let failure = publication.failure().map(|word| (word, Instant::now()));
+                    self.memory.told_failure = failure;
                     let state = publication.verdict.mode_state().unwrap_or("(unchanged)");
                     let ready = publication.verdict.ready_state();
                     tracing::info!(event = "published", step = "publish", state, ready, "Node object is up to date");
@@ -317,6 +455,18 @@ impl<F: Firmware> Controller<F> {
                 self.memory.next_publish = Some(Instant::now() + delay);
             }
         }
+    }
+
+    /// When a failure that goes on may be told of in other words, if that is later than now: nothing but the words would change,
+    /// and every change of a node object is news for a whole cluster.
+    fn too_early_to_repeat(&self, publication: &Publication) -> Option<Instant> {
+        let (_, told_at) = self.memory.told_failure.filter(|(word, _)| publication.failure() == Some(word))?;
+        let view = self.node.view();
+        let change = view.node().map(|node| publication.change(node).missing_from(node))?;
+        let only_words =
+            change.labels.is_empty() && change.annotations.keys().all(|name| name == annotations::CC_STATUS);
+        let at = told_at + self.settings.patch_pause;
+        (only_words && !change.is_empty() && Instant::now() < at).then_some(at)
     }
 
     /// Whether another mode is wanted by now than the round was about.
@@ -363,6 +513,7 @@ impl<F: Firmware> Controller<F> {
             }
         };
         self.tell_problems(&inventory);
+        self.memory.seen = Seen::of(&inventory);
         let boot_id = inventory.host.boot_id.clone().unwrap_or_default();
         let state = StateDir { path: self.settings.state_dir.clone(), boot_id, node_uid: node.uid.clone() };
         let (known, on_disk) = state.load(self.memory.known.take());
@@ -386,7 +537,7 @@ impl<F: Firmware> Controller<F> {
             Wanted::Mode(mode, source) => (mode, source),
             Wanted::Nothing => {
                 self.say(tracing::Level::INFO, "Neither label nor default asks for a mode: nothing to do");
-                return Round::Rest;
+                return self.undo(node, shutdown).await;
             }
             Wanted::Unknown(text, source) => {
                 let error = plan::unknown_mode(&text, source);
@@ -416,7 +567,7 @@ impl<F: Firmware> Controller<F> {
             return self.observe(mode, &action, &inventory, known.as_ref(), &state);
         }
         match action {
-            Action::NoGpus => self.without_gpus(&state, known.as_ref(), shutdown).await,
+            Action::NoGpus => self.without_gpus(node, &state, known.as_ref(), shutdown).await,
             Action::Blind(error) => {
                 let devices = known.map_or_else(Vec::new, |known| known.devices);
                 self.refuse(&state, mode.as_str(), &error, plan::withheld(devices));
@@ -453,7 +604,13 @@ impl<F: Firmware> Controller<F> {
     }
 
     /// There is no GPU: nothing to do, and nothing to tell unless there were some.
-    async fn without_gpus(&mut self, state: &StateDir, known: Option<&DevicesFile>, shutdown: &Shutdown) -> Round {
+    async fn without_gpus(
+        &mut self,
+        node: &NodeState,
+        state: &StateDir,
+        known: Option<&DevicesFile>,
+        shutdown: &Shutdown,
+    ) -> Round {
         self.say(tracing::Level::INFO, "This node has no NVIDIA GPU: nothing to do");
         if known.is_some_and(|known| !known.devices.is_empty()) {
             // They were here in this boot: what the node object says of them is not true any more.
@@ -462,7 +619,30 @@ impl<F: Firmware> Controller<F> {
             }
             self.keep(state, Vec::new());
         }
-        Round::Rest
+        self.undo(node, shutdown).await
+    }
+
+    /// Takes up what a change that was cut short left paused, where nothing is to be done that would do so at its end.
+    async fn undo(&mut self, node: &NodeState, shutdown: &Shutdown) -> Round {
+        self.memory.publication = None;
+        let is_left = node.annotation(annotations::TRANSITION).is_some() || operands::any_paused(node);
+        if !is_left || self.settings.only_observe {
+            return Round::Rest;
+        }
+        let labels: Vec<&str> = operands::labels().collect();
+        let change = |node: &NodeState| operands::take_up(node, shut()).without_annotation(annotations::TRANSITION);
+        let updated = tokio::select! {
+            updated = self.node.update((&labels, &[]), change) => updated,
+            () = shutdown.wait() => return Round::Ended,
+        };
+        match updated {
+            Ok(_) => {
+                self.memory.api_retry.reset();
+                tracing::info!(event = "undone", "What a change that was cut short had paused runs again");
+                Round::Rest
+            }
+            Err(error) => Round::ApiFailed(error),
+        }
     }
 
     /// How much longer a change of a node that is well must wait, so that a label that flips does not reset devices all the
@@ -523,21 +703,12 @@ impl<F: Firmware> Controller<F> {
         // What the node is, should nothing come of this.
         let before = Before::of(inventory, mode, known);
 
-        // Before anybody is disturbed: whether it can be done now, and whether it is necessary at all.
-        let looked = devices.clone();
-        let is_unknown = plan::any_unknown(known, devices);
-        // Where looking resets them, that is not done without the others out of the way.
-        let look = move |firmware: &F| match firmware.is_free(&looked)? {
-            Cost::Nothing if is_unknown => firmware.verify(&looked, mode).map(Some),
-            Cost::Nothing | Cost::Resets => Ok(None),
-        };
-        let found = executor::look(&self.firmware, look).await;
-        if matches!(found, Some(Ok(Some(_)))) {
-            for device in devices {
-                self.memory.releases.touched(device.bdf);
-            }
+        if before.standing == Some(mode) && devices.iter().all(|device| self.memory.releases.is_in_use(device.bdf)) {
+            // In use again before it could be looked at: it will be when it is let go.
+            return self.rest_until_released(mode, state, &before);
         }
-        match found {
+
+        match self.look(mode, devices, known).await {
             Some(Ok(Some(results))) if results.iter().all(|result| result.result.is_ok()) => {
                 let mut records = plan::records(inventory, Some(mode), known, devices);
                 plan::apply_faults(&mut records, refused);
@@ -545,6 +716,12 @@ impl<F: Firmware> Controller<F> {
                 return self.found_right(mode, refused, state, records);
             }
             Some(Ok(Some(results))) if known.is_some() => self.tell_drift(known, devices, &results),
+            Some(Err(faults)) if faults.iter().all(|fault| fault.busy) && before.standing == Some(mode) => {
+                for fault in &faults {
+                    self.memory.releases.found_in_use(fault.bdf);
+                }
+                return self.rest_until_released(mode, state, &before);
+            }
             Some(Err(faults)) if faults.iter().all(|fault| fault.busy) && self.settings.busy_wait.is_zero() => {
                 return self.hold(mode, &faults, state, before);
             }
@@ -618,6 +795,56 @@ impl<F: Firmware> Controller<F> {
         self.ended(&attempt, outcome, begun.elapsed(), state, records, before)
     }
 
+    /// Before anybody is disturbed: whether the devices can be had now (`Err` if not), and, where nothing is known of them,
+    /// whether they are in the mode already (`Some` result for each).
+    async fn look(&mut self, mode: Mode, devices: &[PciFunction], known: Option<&DevicesFile>) -> Looked {
+        let pods = self.pods_of(devices).await;
+        let looked = devices.to_vec();
+        // What a pod is about to open is not opened in front of it.
+        let is_unknown = pods.is_empty() && plan::any_unknown(known, devices);
+        // Where looking resets them, that is not done without the others out of the way.
+        let look = move |firmware: &F| match firmware.is_free(&looked)? {
+            Cost::Nothing if is_unknown => firmware.verify(&looked, mode).map(Some),
+            Cost::Nothing | Cost::Resets => Ok(None),
+        };
+        let found = executor::look(&self.firmware, look).await;
+        if matches!(found, Some(Ok(Some(_)))) {
+            for device in devices {
+                self.memory.releases.touched(device.bdf);
+            }
+        }
+        if pods.is_empty() {
+            return found;
+        }
+        let mut faults = found.and_then(Result::err).unwrap_or_default();
+        allocations::name_pods(&mut faults, &pods);
+        Some(Err(faults))
+    }
+
+    /// Devices whose users may have changed them are in use again: the others are verified in the mode, and these are looked at
+    /// when they are let go.
+    fn rest_until_released(&mut self, mode: Mode, state: &StateDir, before: &Before) -> Round {
+        self.memory.next_poll = self.memory.next_poll.min(Instant::now() + self.settings.release_poll);
+        if !self.keep(state, before.records.clone()) {
+            return Round::Retry;
+        }
+        self.conclude(Verdict::Applied(mode), state.facts(mode.as_str(), None, &before.records));
+        Round::Rest
+    }
+
+    /// The pods that the kubelet has given some of these devices to, as far as it can be asked.
+    async fn pods_of(&mut self, devices: &[PciFunction]) -> BTreeMap<Bdf, String> {
+        match allocations::pods(&self.settings.pod_resources, devices).await {
+            Ok(pods) => pods,
+            Err(error) => {
+                let socket = self.settings.pod_resources.display();
+                let text = format!("Cannot tell which pods have GPUs, going by the devices alone: {socket}: {error}");
+                self.say(tracing::Level::WARN, &text);
+                BTreeMap::new()
+            }
+        }
+    }
+
     /// What comes of an attempt that touched devices, or tried to.
     fn ended(
         &mut self,
@@ -688,6 +915,14 @@ impl<F: Firmware> Controller<F> {
             return round;
         }
         self.counters.took(result, took);
+        let became =
+            |result: &DeviceResult| (result.bdf, result.result.as_ref().err().map(|fault| fault.error.code.clone()));
+        let audited: Vec<_> = results.iter().map(became).collect();
+        if result == "failed" && audited == self.memory.audited {
+            // The same failure again is no news, and would drive the others out of what is kept.
+            return round;
+        }
+        self.memory.audited = audited;
         let asked_by = self.node.view().node().and_then(|node| node.mode_set_by.clone());
         let asked_by = asked_by.as_deref().filter(|_| attempt.source == Source::Label);
         let change = audit::Change {
@@ -787,7 +1022,7 @@ impl<F: Firmware> Controller<F> {
         before: Before,
     ) -> Round {
         self.memory.awaited = faults.iter().filter(|fault| fault.busy).map(|fault| fault.bdf).collect();
-        self.memory.awaited.iter().for_each(|bdf| self.memory.releases.in_use(*bdf));
+        self.memory.awaited.iter().for_each(|bdf| self.memory.releases.found_in_use(*bdf));
         let Before { standing, mut records } = before;
         plan::note_faults(&mut records, faults);
         self.counters.transition(mode, "busy");
@@ -807,7 +1042,11 @@ impl<F: Firmware> Controller<F> {
         let reads: Vec<&str> = if whole && pause { operands::labels().collect() } else { Vec::new() };
         // A retry of what an earlier attempt left over disturbs nobody but the devices concerned: it has nothing to put back,
         // and says nothing new of a node whose gate is shut.
-        let change = |node: &NodeState| if whole { journal.change(node, pause) } else { shut() };
+        let is_repetition = self.memory.is_failing_in(mode);
+        let is_quiet = |node: &NodeState| {
+            is_repetition && !(pause && (operands::any_to_pause(node) || operands::any_paused(node)))
+        };
+        let change = |node: &NodeState| if whole && !is_quiet(node) { journal.change(node, pause) } else { shut() };
         let begun = tokio::select! {
             begun = self.node.update((&reads, &[]), change) => begun,
             () = shutdown.wait() => return Err(Round::Ended),
@@ -816,7 +1055,7 @@ impl<F: Firmware> Controller<F> {
         match begun {
             Ok(_) => {
                 self.memory.api_retry.reset();
-                if whole {
+                if whole && !is_repetition {
                     let note = format!("Change to mode {mode} begins; the node is not ready for GPU pods");
                     let reason = "CCModeChanging".to_owned();
                     self.events.tell(Event { is_warning: false, reason, action: "Change", note });
@@ -836,19 +1075,22 @@ impl<F: Firmware> Controller<F> {
         }
         let patience = self.settings.busy_wait;
         let deadline = Instant::now() + patience;
-        while !patience.is_zero() {
+        loop {
             let looked = devices.to_vec();
-            match executor::look(&self.firmware, move |firmware| firmware.is_free(&looked)).await {
-                Some(Err(faults)) if faults.iter().all(|fault| fault.busy) => {
-                    if Instant::now() >= deadline {
-                        return Err(InTheWay::Devices(faults));
-                    }
-                    tokio::time::sleep(BUSY_POLL.min(patience)).await;
-                }
-                _ => break,
+            let found = executor::look(&self.firmware, move |firmware| firmware.is_free(&looked)).await;
+            let mut faults = found.and_then(Result::err).unwrap_or_default();
+            // A socket that cannot be asked was told of before.
+            let pods = allocations::pods(&self.settings.pod_resources, devices).await.unwrap_or_default();
+            allocations::name_pods(&mut faults, &pods);
+            if faults.is_empty() || !faults.iter().all(|fault| fault.busy) {
+                // What is no matter of use comes out when they are owned.
+                return Ok(());
             }
+            if Instant::now() >= deadline {
+                return Err(InTheWay::Devices(faults));
+            }
+            tokio::time::sleep(BUSY_POLL.min(patience)).await;
         }
-        Ok(())
     }
 
     /// Waits for the pods of the paused components, and then for the kubelet.
@@ -1018,8 +1260,14 @@ impl<F: Firmware> Controller<F> {
     }
 }
 
+/// How long the kernel's events are collected: they come in bursts.
+const SETTLED: Duration = Duration::from_millis(500);
+
 /// How often devices in use are tried again while everybody else is kept away from them.
 const BUSY_POLL: Duration = Duration::from_secs(5);
+
+/// What a look at devices found; none when it ended without a result.
+type Looked = Option<Result<Option<Vec<DeviceResult>>, Vec<DeviceFault>>>;
 
 /// What a node is before a change is attempted.
 struct Before {

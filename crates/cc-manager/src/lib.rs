@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+mod allocations;
 mod args;
 mod audit;
 mod controller;
@@ -28,6 +29,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent_core::http::StateDump;
 use agent_core::metrics::Metrics;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
@@ -68,6 +70,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         tee_missing,
         hold_down,
         release_poll,
+        pod_resources,
         state_dir,
         resync,
         retry_min,
@@ -96,6 +99,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         Some(addr) => Some(agent_core::http::bind(addr, readiness.clone(), metrics.clone()).await?),
         None => None,
     };
+    let dump = StateDump::default();
+    let server = server.map(|server| server.with_state(dump.clone()));
     let client = tokio::select! {
         client = node_object::connect(args::single(kubeconfig.as_deref())) => client?,
         () = shutdown.wait() => return Ok(()),
@@ -115,12 +120,15 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         only_observe: mode == args::Work::Observe,
         hold_down,
         release_poll,
+        pod_resources,
+        patch_pause: PATCH_PAUSE,
         pausing,
         busy_wait,
     };
     let (firmware, root) = (Arc::new(GpuFirmware::host()), SysRoot::host());
     let (events, sender) = Events::new(node.clone(), "cc-manager");
-    let controller = Controller::new(settings, node.clone(), firmware, root, events, &readiness, &metrics);
+    let controller =
+        Controller::new(settings, node.clone(), firmware, root, events, &readiness, &metrics).with_dump(dump);
 
     // One task drives everything but the firmware, which has threads of its own: nothing can fail unseen.
     let health = async {
@@ -141,6 +149,9 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     tracing::info!(event = "stopped", "cc-manager ended");
     Ok(())
 }
+
+/// Least time between two patches of the node that tell of one failure that goes on.
+const PATCH_PAUSE: Duration = Duration::from_mins(5);
 
 /// Where the readiness file is by default.
 fn default_readiness_file() -> PathBuf {

@@ -183,11 +183,18 @@ fn is_verified(record: &DeviceRecord, mode: Mode) -> bool {
     is(&record.configured_mode) && is(&record.active_mode) && record.verified_at.is_some()
 }
 
-/// The mode that every device has been verified in, whatever is wanted now.
+/// The mode that every device has been verified in, whatever is wanted now; those that were in use since then count as what
+/// they were.
 pub(crate) fn standing(inventory: &Inventory, known: Option<&DevicesFile>) -> Option<Mode> {
+    let mut known = known?.clone();
+    for record in &mut known.devices {
+        if record.error.is_none() && record.active_mode.is_some() {
+            record.verified_at = record.verified_at.or(Some(known.origin.written_at));
+        }
+    }
     let is_settled =
-        |mode: &Mode| matches!(plan(inventory, *mode, known), Action::Settled { refused } if refused.is_empty());
-    known.and_then(|_| Mode::ALL.into_iter().find(is_settled))
+        |mode: &Mode| matches!(plan(inventory, *mode, Some(&known)), Action::Settled { refused } if refused.is_empty());
+    Mode::ALL.into_iter().find(is_settled)
 }
 
 /// Whether nothing is known of some of these devices, so that they must be looked at before it can be said whether they are
@@ -203,7 +210,7 @@ pub(crate) fn any_unknown(known: Option<&DevicesFile>, devices: &[PciFunction]) 
 pub(crate) fn is_withdrawn(known: Option<&DevicesFile>, device: &PciFunction) -> bool {
     let known = known.filter(|known| known.transition.is_none());
     let record = known.and_then(|known| known.record(device));
-    record.is_some_and(|record| record.verified_at.is_none() && record.error.is_none())
+    record.is_some_and(|record| record.verified_at.is_none() && record.active_mode.is_some() && record.error.is_none())
 }
 
 /// The records of a node where `mode` is wanted (none: something that is no mode) while `changing` are in transition.
@@ -259,6 +266,17 @@ fn blank(function: &PciFunction, part: &Part) -> DeviceRecord {
         verified_at: None,
         usable: false,
         error: None,
+    }
+}
+
+/// Somebody had these devices, and may have changed them: they are not offered until they have been looked at. What they were is
+/// still told.
+pub(crate) fn doubt(records: &mut [DeviceRecord], released: &[Bdf]) {
+    for bdf in released {
+        if let Some(record) = find(records, *bdf) {
+            record.verified_at = None;
+            record.usable = false;
+        }
     }
 }
 

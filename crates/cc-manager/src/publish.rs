@@ -72,7 +72,7 @@ pub(crate) struct Facts<'a> {
 pub(crate) struct Publication {
     pub(crate) verdict: Verdict,
     /// With the time when it became so, should it not stand already.
-    status: CcStatus,
+    pub(crate) status: CcStatus,
 }
 
 impl Publication {
@@ -90,6 +90,11 @@ impl Publication {
             devices: devices.iter().map(DeviceStatus::from).collect(),
         };
         Self { verdict, status }
+    }
+
+    /// The result's word, if there is an error to be told with it.
+    pub(crate) fn failure(&self) -> Option<&'static str> {
+        self.status.error.is_some().then(|| self.verdict.word())
     }
 
     /// The annotation's text, with the time since when the node is what it is.

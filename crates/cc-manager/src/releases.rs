@@ -1,19 +1,29 @@
 //! When a device was in use and is no longer: the moment to look whether its user has left it as it was. No I/O.
 //!
 //! The kernel tells nobody that a virtual machine has let go of a device. But a device that nobody has open is suspended
-//! after a moment, and one that is suspended is not in use (virtual-gpu-rig section 6, fact 1). A device without runtime power
-//! management never shows it, and one that was in use for less than the time between two looks is missed.
+//! after a moment, and one that is suspended is not in use (virtual-gpu-rig section 6, fact 1). How long it has been awake in
+//! all is counted by the kernel, so that a use between two looks is seen, too. A device without runtime power management never
+//! shows any of this.
 
 use std::collections::BTreeMap;
 
 use hw_probe::Bdf;
 
+/// The runtime power of a device, as the kernel tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Power {
+    /// Whether it is suspended.
+    pub(crate) suspended: bool,
+    /// For how long it has been awake since boot, in milliseconds; none where the kernel does not count.
+    pub(crate) awake_ms: Option<u64>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// Awake, and it may be our own doing.
     Unclear,
-    /// Suspended.
-    Idle,
+    /// Suspended, having been awake for so long.
+    Idle(Option<u64>),
     /// Awake, and not by us.
     InUse,
 }
@@ -23,29 +33,50 @@ enum State {
 pub(crate) struct Releases(BTreeMap<Bdf, State>);
 
 impl Releases {
-    /// Takes in which devices are suspended now; those that are not named are forgotten. Returns the devices that were in use
-    /// and are no longer.
-    pub(crate) fn see(&mut self, suspended: &BTreeMap<Bdf, bool>) -> Vec<Bdf> {
-        self.0.retain(|bdf, _| suspended.contains_key(bdf));
+    /// Takes in the power of every device; those that are not named are forgotten. Returns the devices that were in use and
+    /// are no longer.
+    pub(crate) fn see(&mut self, powers: &BTreeMap<Bdf, Power>) -> Vec<Bdf> {
+        self.0.retain(|bdf, _| powers.contains_key(bdf));
         let mut released = Vec::new();
-        for (bdf, suspended) in suspended {
+        for (bdf, Power { suspended, awake_ms }) in powers {
             // Awake when we see it for the first time: somebody may have had it before we started.
-            let state = self.0.entry(*bdf).or_insert(State::Idle);
+            let state = self.0.entry(*bdf).or_insert(State::Idle(*awake_ms));
             *state = match (*state, suspended) {
                 (State::InUse, true) => {
                     released.push(*bdf);
-                    State::Idle
+                    State::Idle(*awake_ms)
                 }
-                (_, true) => State::Idle,
+                (State::Idle(before), true) => {
+                    if before.zip(*awake_ms).is_some_and(|(before, now)| now > before) {
+                        released.push(*bdf);
+                    }
+                    State::Idle(*awake_ms)
+                }
+                (State::Unclear, true) => State::Idle(*awake_ms),
                 (State::Unclear, false) => State::Unclear,
-                (State::Idle | State::InUse, false) => State::InUse,
+                (State::Idle(_) | State::InUse, false) => State::InUse,
             };
         }
         released
     }
 
+    /// Whether any device may be let go soon, so that it is worth looking often.
+    pub(crate) fn any_awake(&self) -> bool {
+        self.0.values().any(|state| !matches!(state, State::Idle(_)))
+    }
+
+    /// The devices that are in use, as far as their power tells.
+    pub(crate) fn in_use(&self) -> impl Iterator<Item = Bdf> {
+        self.0.iter().filter(|(_, state)| **state == State::InUse).map(|(bdf, _)| *bdf)
+    }
+
+    /// Whether this device is.
+    pub(crate) fn is_in_use(&self, bdf: Bdf) -> bool {
+        self.0.get(&bdf) == Some(&State::InUse)
+    }
+
     /// The device was found in use.
-    pub(crate) fn in_use(&mut self, bdf: Bdf) {
+    pub(crate) fn found_in_use(&mut self, bdf: Bdf) {
         self.0.insert(bdf, State::InUse);
     }
 
@@ -63,16 +94,31 @@ mod tests {
     fn a_release_is_told_once_and_our_own_touch_is_none() {
         let bdf: Bdf = "0000:41:00.0".parse().unwrap();
         let mut releases = Releases::default();
+        // s: suspended, a: awake.
         let see = |releases: &mut Releases, text: &str| -> String {
-            let mut see = |suspended| !releases.see(&[(bdf, suspended)].into()).is_empty();
+            let mut see = |suspended| !releases.see(&[(bdf, Power { suspended, awake_ms: None })].into()).is_empty();
             text.chars().map(|state| state == 's').map(&mut see).map(|told| if told { '!' } else { '.' }).collect()
         };
-        // s: suspended, a: awake. Awake from the start may be anybody.
+        // Awake from the start may be anybody.
         assert_eq!(see(&mut releases, "aassaaassas"), "..!....!..!");
+        assert!(!releases.any_awake());
         releases.touched(bdf);
         assert_eq!(see(&mut releases, "aaassas"), "......!");
         releases.touched(bdf);
-        releases.in_use(bdf);
+        releases.found_in_use(bdf);
+        assert!(releases.any_awake() && releases.in_use().eq([bdf]));
         assert_eq!(see(&mut releases, "as"), ".!", "found in use after all");
+    }
+
+    #[test]
+    fn a_use_between_two_looks_is_told_by_the_time_awake() {
+        let bdf: Bdf = "0000:41:00.0".parse().unwrap();
+        let mut releases = Releases::default();
+        let see = |releases: &mut Releases, awake_ms| {
+            !releases.see(&[(bdf, Power { suspended: true, awake_ms: Some(awake_ms) })].into()).is_empty()
+        };
+        assert_eq!([0, 0, 700, 700].map(|awake| see(&mut releases, awake)), [false, false, true, false]);
+        releases.touched(bdf);
+        assert_eq!([900, 900, 901].map(|awake| see(&mut releases, awake)), [false, false, true], "ours is none");
     }
 }

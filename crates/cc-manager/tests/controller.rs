@@ -17,6 +17,8 @@ use gpu_firmware::{Cost, Mode};
 use http::Method;
 use hw_probe::testing::FakeSysfs;
 use hw_probe::{Bdf, Inventory, PciFunction, Tee};
+use kubelet_api::pod_resources;
+use kubelet_api::pod_resources::pod_resources_lister_server::{PodResourcesLister, PodResourcesListerServer};
 use node_object::testing::FakeApi;
 use node_object::{Events, NodeClient, Timing, annotations, labels};
 use tokio::task::JoinHandle;
@@ -252,6 +254,8 @@ impl World {
             only_observe: false,
             hold_down: Duration::ZERO,
             release_poll: Duration::from_millis(20),
+            pod_resources: PathBuf::new(),
+            patch_pause: Duration::ZERO,
             pausing: Some(Pausing { namespace: "gpu-operator".to_owned(), patience: Duration::from_millis(500) }),
             busy_wait: Duration::ZERO,
         };
@@ -518,7 +522,7 @@ impl World {
 #[tokio::test]
 async fn a_device_that_was_let_go_is_looked_at_again_and_repaired() {
     let world = World::new(&[(A, H100), (B, H100)]);
-    let agent = world.start();
+    let agent = world.start_with("on", Duration::from_millis(50));
     world.until_state("on", "true").await;
     for (round, tampered) in [(1, false), (2, true)] {
         let (looks, calls, patches) =
@@ -550,6 +554,54 @@ async fn a_device_that_was_let_go_is_looked_at_again_and_repaired() {
 }
 
 #[tokio::test]
+async fn a_use_that_nobody_saw_is_told_by_the_time_awake() {
+    let world = World::new(&[(A, H100)]);
+    let awake = |ms: u64| {
+        let _ = world.sysfs.get(A).attr("power/runtime_active_time", format!("{ms}\n"));
+    };
+    world.power(A, "suspended");
+    awake(40);
+    let agent = world.start_with("on", Duration::from_millis(50));
+    world.until_state("on", "true").await;
+    settle().await;
+    let looks = world.firmware.looks().len();
+    settle().await;
+    assert_eq!(world.firmware.looks().len(), looks, "nobody had it");
+    awake(9040);
+    until("looked at", || world.firmware.looks().len() == looks + 1).await;
+    until("offered", || world.offered() == [A]).await;
+    settle().await;
+    assert_eq!(world.firmware.looks().len(), looks + 1, "once");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_device_that_is_in_use_again_at_once_is_no_news() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    world.power(A, "suspended");
+    let agent = world.start_with("on", Duration::from_millis(50));
+    world.until_state("on", "true").await;
+    settle().await;
+    let (patches, refused) = (world.api.patches().len(), world.firmware.refused.load(Ordering::Relaxed));
+    world.power(A, "active");
+    settle().await;
+    // Let go, and taken again before anybody could look.
+    world.firmware.script(Script::Refuse(A, "InUse", true));
+    world.power(A, "suspended");
+    until("tried", || world.firmware.refused.load(Ordering::Relaxed) == refused + 1).await;
+    world.power(A, "active");
+    settle().await;
+    assert_eq!(world.state(), (Some("on".to_owned()), Some("true".to_owned())), "the others are what they were");
+    assert_eq!(world.offered(), [B], "and nobody else gets it unseen");
+    assert!(world.status()["error"].is_null(), "{:#}", world.status());
+    assert!(world.api.patches().len() <= patches + 1, "{:#?}", world.api.patches());
+    world.power(A, "suspended");
+    until("offered", || world.offered() == [A, B]).await;
+    assert_eq!(world.firmware.calls().len(), 1, "nothing to repair");
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn a_change_that_waits_for_a_device_begins_when_it_is_let_go() {
     let world = World::new(&[(A, H100)]);
     world.power(A, "suspended");
@@ -566,6 +618,120 @@ async fn a_change_that_waits_for_a_device_begins_when_it_is_let_go() {
     assert_eq!(world.firmware.calls().len(), 1);
     world.power(A, "suspended");
     world.until_state("off", "false").await;
+    agent.stop().await;
+}
+
+/// Pod, resource, device.
+type Given = (&'static str, &'static str, &'static str);
+
+/// A kubelet that has given devices to pods.
+#[derive(Clone, Default)]
+struct FakeKubelet(Arc<Mutex<Vec<Given>>>);
+
+#[tonic::async_trait]
+impl PodResourcesLister for FakeKubelet {
+    async fn list(
+        &self,
+        _: tonic::Request<pod_resources::ListPodResourcesRequest>,
+    ) -> Result<tonic::Response<pod_resources::ListPodResourcesResponse>, tonic::Status> {
+        let of = |&(pod, resource, device): &Given| pod_resources::PodResources {
+            namespace: "ns".to_owned(),
+            name: pod.to_owned(),
+            containers: vec![pod_resources::ContainerResources {
+                devices: vec![pod_resources::ContainerDevices {
+                    resource_name: resource.to_owned(),
+                    device_ids: vec![device.to_owned()],
+                    topology: None,
+                }],
+                ..pod_resources::ContainerResources::default()
+            }],
+            ..pod_resources::PodResources::default()
+        };
+        let pod_resources = self.0.lock().unwrap().iter().map(of).collect();
+        Ok(tonic::Response::new(pod_resources::ListPodResourcesResponse { pod_resources }))
+    }
+
+    async fn get_allocatable_resources(
+        &self,
+        _: tonic::Request<pod_resources::AllocatableResourcesRequest>,
+    ) -> Result<tonic::Response<pod_resources::AllocatableResourcesResponse>, tonic::Status> {
+        Err(tonic::Status::unimplemented(""))
+    }
+
+    async fn get(
+        &self,
+        _: tonic::Request<pod_resources::GetPodResourcesRequest>,
+    ) -> Result<tonic::Response<pod_resources::GetPodResourcesResponse>, tonic::Status> {
+        Err(tonic::Status::unimplemented(""))
+    }
+}
+
+#[tokio::test]
+async fn a_gpu_that_a_pod_has_been_given_is_in_use_before_it_is_opened() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    let kubelet = FakeKubelet::default();
+    let socket = world.here.path().join("kubelet.sock");
+    let listener = kubelet_api::socket::listen(&socket).unwrap();
+    let router = tonic::transport::Server::builder().add_service(PodResourcesListerServer::new(kubelet.clone()));
+    let _serving = tokio::spawn(kubelet_api::socket::serve(router, listener, std::future::pending()));
+    let agent = world.start_as(|settings| settings.pod_resources = socket);
+    world.until_state("on", "true").await;
+
+    kubelet.0.lock().unwrap().extend([("vm", "nvidia.com/pgpu", A), ("web", "example.com/nic", B)]);
+    let looks = world.firmware.looks().len();
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("told", || world.status()["error"]["code"] == "InUse").await;
+    settle().await;
+    let status = world.status();
+    assert_eq!(status["holders"], serde_json::json!([{"bdf": A, "pod": "ns/vm"}]));
+    assert!(status["error"]["message"].as_str().unwrap().contains("kubectl delete pod -n ns vm"), "{status:#}");
+    assert_eq!(world.state(), (Some("on".to_owned()), Some("true".to_owned())), "nothing is withdrawn");
+    assert_eq!((world.firmware.calls().len(), world.firmware.looks().len()), (1, looks), "and nothing touched");
+    let metrics = agent.metrics.encode().unwrap();
+    assert!(metrics.contains(&format!(r#"ccnode_cc_device_holders{{device="{A}"}} 1"#)), "{metrics}");
+
+    kubelet.0.lock().unwrap().clear();
+    world.until_state("off", "false").await;
+    assert!(world.status()["holders"].is_null());
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn whoever_asks_to_try_again_is_heard_at_once() {
+    let world = World::new(&[(A, H100)]);
+    world.firmware.script(Script::Fail(A, "BootTimeout"));
+    let agent = world.start_as(|settings| {
+        settings.retry_min = Duration::from_mins(1);
+        settings.retry_max = Duration::from_mins(1);
+    });
+    world.until_state("failed", "").await;
+    settle().await;
+    assert_eq!(world.firmware.calls().len(), 1);
+    world.api.set_annotation(annotations::RETRY, Some("now"));
+    world.until_state("on", "true").await;
+    assert_eq!(world.firmware.calls().len(), 2);
+    settle().await;
+    world.api.set_annotation(annotations::RETRY, None);
+    settle().await;
+    assert_eq!(world.firmware.calls().len(), 2, "there is nothing to try");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_failure_that_goes_on_in_other_words_is_told_now_and_then() {
+    let world = World::new(&[(A, H100)]);
+    for code in ["BootTimeout", "OffBus", "FspBusy", "BootTimeout", "OffBus", "FspBusy"] {
+        world.firmware.script(Script::Fail(A, code));
+    }
+    let agent = world.start_as(|settings| settings.patch_pause = Duration::from_hours(1));
+    world.until_state("failed", "").await;
+    let told = world.api.patches().len();
+    world.until_state("on", "true").await;
+    // The failures are one patch, the success is another.
+    assert!(world.api.patches().len() <= told + 1, "{:#?}", world.api.patches());
+    assert_eq!(world.firmware.calls().len(), 7);
+    let text = std::fs::read_to_string(world.here.path().join("state/transitions.jsonl")).unwrap();
+    assert_eq!(text.lines().count(), 7, "the record has each of them");
     agent.stop().await;
 }
 
@@ -773,6 +939,20 @@ async fn what_a_crash_or_the_reference_left_paused_runs_again() {
         until("the other's marker stays", || world.api.labels()[KATA] == "paused-for-driver-upgrade").await;
         until("state", || world.state().0.as_deref() == Some(mode)).await;
         assert_eq!(world.firmware.calls().len(), calls);
+        agent.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_crash_left_paused_runs_again_whatever_is_wanted() {
+    for gpus in [&[(A, H100)][..], &[]] {
+        let world = World::new(gpus);
+        world.api.set_label(VFIO, Some("paused-for-cc-mode-change"));
+        world.api.set_annotation(annotations::TRANSITION, Some("{}"));
+        let agent = world.start_with("", Duration::from_secs(30));
+        until("taken up", || world.api.labels()[VFIO] == "true").await;
+        assert!(!world.api.annotations().contains_key(annotations::TRANSITION));
+        assert!(world.firmware.calls().is_empty());
         agent.stop().await;
     }
 }

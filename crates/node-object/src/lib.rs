@@ -39,6 +39,8 @@ pub mod labels {
 pub mod annotations {
     /// JSON: per device the configured and the active mode, when verified, the last error.
     pub const CC_STATUS: &str = "ccnode.dev/cc-status";
+    /// Anything: a new value makes cc-manager try at once what it waits to try again.
+    pub const RETRY: &str = "ccnode.dev/retry";
     /// JSON: the change of mode under way, and the labels as they were before components were paused.
     pub const TRANSITION: &str = "ccnode.dev/transition";
 }

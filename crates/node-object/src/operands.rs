@@ -46,6 +46,11 @@ pub fn any_paused(node: &NodeState) -> bool {
     labels().any(|label| node.label(label).is_some_and(|value| value.contains(MARKER)))
 }
 
+/// Whether pausing would stop any component.
+pub fn any_to_pause(node: &NodeState) -> bool {
+    !pause(node, Change::new()).missing_from(node).is_empty()
+}
+
 /// Adds the pausing of every component to `change`. A label that is absent or empty stays so: the operator takes an empty
 /// one for a request to deploy.
 pub fn pause(node: &NodeState, change: Change) -> Change {

@@ -1,0 +1,166 @@
+//! Which pods the kubelet has given devices to, by its pod-resources service: a pod may be about to start a virtual machine
+//! that does not hold its device yet.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use agent_core::state::{ErrorRecord, HolderRecord};
+use agent_core::text::chain;
+use hw_probe::{Bdf, PciFunction};
+use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerClient;
+use kubelet_api::pod_resources::{ContainerDevices, ListPodResourcesRequest, ListPodResourcesResponse};
+use kubelet_api::socket::connect;
+
+use crate::executor::DeviceFault;
+
+/// Longest wait for connection and answer together.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Resources of NVIDIA's plugins and of ours begin so.
+const RESOURCES: &str = "nvidia.com/";
+
+/// The pod of each device, as `namespace/name`; none where the kubelet's socket is not there to be asked (it is not mounted under
+/// the operator). Does not wait long.
+pub(crate) async fn pods(socket: &Path, devices: &[PciFunction]) -> Result<BTreeMap<Bdf, String>, String> {
+    if socket.as_os_str().is_empty() || !socket.exists() {
+        return Ok(BTreeMap::new());
+    }
+    let ask = async {
+        let channel = connect(socket, PATIENCE).await.map_err(|error| chain(&error))?;
+        let answer = PodResourcesListerClient::new(channel).list(ListPodResourcesRequest {}).await;
+        answer.map_err(|status| format!("{:?}: {}", status.code(), status.message()))
+    };
+    match tokio::time::timeout(PATIENCE, ask).await {
+        Ok(answer) => Ok(by_device(&answer?.into_inner(), devices)),
+        Err(_) => Err(format!("No answer within {} s", PATIENCE.as_secs())),
+    }
+}
+
+fn by_device(answer: &ListPodResourcesResponse, devices: &[PciFunction]) -> BTreeMap<Bdf, String> {
+    let mut pods = BTreeMap::new();
+    for pod in &answer.pod_resources {
+        let given = pod.containers.iter().flat_map(|container| &container.devices);
+        for given in given.filter(|given| given.resource_name.starts_with(RESOURCES)) {
+            for device in devices.iter().filter(|device| is_given(device, given)) {
+                pods.entry(device.bdf).or_insert_with(|| format!("{}/{}", pod.namespace, pod.name));
+            }
+        }
+    }
+    pods
+}
+
+/// Plugins call a device by its address, or, as the reference's does, by the number of its VFIO device or its IOMMU group
+/// (operator-contract section 7.4). Which number it is cannot be told: either counts.
+fn is_given(device: &PciFunction, given: &ContainerDevices) -> bool {
+    let group = device.iommu_group.map(|group| group.to_string());
+    let cdev = device.vfio_cdev.as_ref().map(|cdev| cdev.name.trim_start_matches("vfio").to_owned());
+    let address = device.bdf.to_string();
+    given.device_ids.iter().any(|id| *id == address || Some(id) == group.as_ref() || Some(id) == cdev.as_ref())
+}
+
+/// Names the pods of devices that are known to be in use, and adds a fault for each device that a pod has without having begun
+/// to use it.
+pub(crate) fn name_pods(faults: &mut Vec<DeviceFault>, pods: &BTreeMap<Bdf, String>) {
+    for fault in faults.iter_mut().filter(|fault| fault.busy) {
+        let Some(pod) = pods.get(&fault.bdf) else { continue };
+        if fault.holders.is_empty() {
+            fault.holders.push(HolderRecord { bdf: fault.bdf, pid: None, comm: None, pod: None });
+        }
+        fault.holders.iter_mut().for_each(|holder| holder.pod = Some(pod.clone()));
+        fault.error.message = format!("{}; the kubelet has given it to pod {pod}", fault.error.message);
+    }
+    for (bdf, pod) in pods {
+        if !faults.iter().any(|fault| fault.bdf == *bdf) {
+            faults.push(given(*bdf, pod));
+        }
+    }
+}
+
+fn given(bdf: Bdf, pod: &str) -> DeviceFault {
+    let (namespace, name) = pod.split_once('/').unwrap_or(("", pod));
+    let message = format!(
+        "{bdf}: The kubelet has given it to pod {pod}; delete the pod (kubectl delete pod -n {namespace} {name}), or wait until \
+         it has ended"
+    );
+    DeviceFault {
+        bdf,
+        busy: true,
+        untouched: true,
+        error: ErrorRecord { code: "InUse".to_owned(), message },
+        holders: vec![HolderRecord { bdf, pid: None, comm: None, pod: Some(pod.to_owned()) }],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hw_probe::Inventory;
+    use hw_probe::testing::FakeSysfs;
+    use kubelet_api::pod_resources::{ContainerResources, PodResources};
+
+    fn pod(name: &str, resource: &str, ids: &[&str]) -> PodResources {
+        let devices = vec![ContainerDevices {
+            resource_name: resource.to_owned(),
+            device_ids: ids.iter().map(|id| (*id).to_owned()).collect(),
+            topology: None,
+        }];
+        let container = ContainerResources { name: "c".to_owned(), devices, ..ContainerResources::default() };
+        PodResources {
+            name: name.to_owned(),
+            namespace: "ns".to_owned(),
+            containers: vec![container],
+            ..PodResources::default()
+        }
+    }
+
+    #[test]
+    fn devices_are_found_by_whatever_a_plugin_calls_them() {
+        let sysfs = FakeSysfs::new();
+        for (bdf, group) in [("0000:41:00.0", 17), ("0000:42:00.0", 18), ("0000:43:00.0", 19)] {
+            sysfs.gpu(bdf, 0x2331).group(group);
+        }
+        let devices: Vec<PciFunction> = Inventory::scan(&sysfs.root()).gpus().cloned().collect();
+        let pods = |pods: Vec<PodResources>| {
+            let answer = ListPodResourcesResponse { pod_resources: pods };
+            by_device(&answer, &devices).iter().map(|(bdf, pod)| format!("{bdf} {pod}")).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(
+            pods(vec![pod("a", "nvidia.com/pgpu", &["0000:41:00.0"]), pod("b", "nvidia.com/GH100", &["18", "x", ""])]),
+            "0000:41:00.0 ns/a, 0000:42:00.0 ns/b"
+        );
+        assert_eq!(pods(vec![pod("a", "example.com/nic", &["0000:41:00.0", "18"])]), "");
+        assert_eq!(pods(Vec::new()), "");
+    }
+
+    #[test]
+    fn a_pod_is_named_with_the_holder_or_stands_for_it() {
+        let [a, b]: [Bdf; 2] = ["0000:41:00.0", "0000:42:00.0"].map(|text| text.parse().unwrap());
+        let busy = DeviceFault {
+            bdf: a,
+            busy: true,
+            untouched: true,
+            error: ErrorRecord { code: "InUse".to_owned(), message: "In use by pid 7 (qemu)".to_owned() },
+            holders: vec![HolderRecord { bdf: a, pid: Some(7), comm: Some("qemu".to_owned()), pod: None }],
+        };
+        let mut faults = vec![busy];
+        name_pods(&mut faults, &[(a, "ns/vm".to_owned()), (b, "ns/next".to_owned())].into());
+        assert_eq!(faults.len(), 2);
+        assert_eq!(
+            (faults[0].holders[0].pid, faults[0].holders[0].pod.as_deref(), faults[1].holders[0].pod.as_deref()),
+            (Some(7), Some("ns/vm"), Some("ns/next"))
+        );
+        assert!(faults[0].error.message.ends_with("pod ns/vm"), "{}", faults[0].error.message);
+        assert!(faults[1].busy && faults[1].error.message.contains("kubectl delete pod -n ns next"));
+    }
+
+    #[tokio::test]
+    async fn a_kubelet_that_is_not_there_says_nothing_and_a_silent_one_is_an_error() {
+        let here = tempfile::tempdir().unwrap();
+        let socket = here.path().join("kubelet.sock");
+        assert_eq!(pods(&socket, &[]).await, Ok(BTreeMap::new()));
+        assert_eq!(pods(Path::new(""), &[]).await, Ok(BTreeMap::new()));
+        drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        assert!(pods(&socket, &[]).await.unwrap_err().contains("kubelet.sock"));
+    }
+}
