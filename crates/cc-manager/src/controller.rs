@@ -384,12 +384,11 @@ impl<F: Firmware> Controller<F> {
             .iter()
             .filter_map(|record| {
                 let folder = self.root.function(record.bdf).join("power");
-                let word = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
-                // One that is kept awake says nothing of its users.
-                word("control").filter(|control| control.trim_end() != "on")?;
-                let suspended = word("runtime_status")?.trim_end() == "suspended";
-                let awake_ms = word("runtime_active_time").and_then(|text| text.trim_end().parse().ok());
-                Some((record.bdf, Power { suspended, awake_ms }))
+                let word = |name: &str| Some(std::fs::read_to_string(folder.join(name)).ok()?.trim_end().to_owned());
+                let suspended = word("runtime_status")? == "suspended";
+                let kept_awake = word("control").as_deref() == Some("on");
+                let awake_ms = word("runtime_active_time").and_then(|text| text.parse().ok());
+                Some((record.bdf, Power { suspended, kept_awake, awake_ms }))
             })
             .collect();
         let released = self.memory.releases.see(&powers);
@@ -418,6 +417,11 @@ impl<F: Firmware> Controller<F> {
             self.store(&state, file.transition, file.devices);
         }
         self.memory.next_round = now;
+    }
+
+    /// A device is in use, or we have just had it.
+    fn look_at_power_soon(&mut self) {
+        self.memory.next_poll = self.memory.next_poll.min(Instant::now() + self.settings.release_poll);
     }
 
     /// Brings the node object to what the last round found; retried by time and by every change of the node.
@@ -792,6 +796,7 @@ impl<F: Firmware> Controller<F> {
             outcome = executor::apply(&self.firmware, devices.clone(), mode, shutdown) => outcome,
             never = self.keep_shut() => match never {},
         };
+        self.look_at_power_soon();
         self.ended(&attempt, outcome, begun.elapsed(), state, records, before)
     }
 
@@ -812,6 +817,7 @@ impl<F: Firmware> Controller<F> {
             for device in devices {
                 self.memory.releases.touched(device.bdf);
             }
+            self.look_at_power_soon();
         }
         if pods.is_empty() {
             return found;
@@ -824,7 +830,7 @@ impl<F: Firmware> Controller<F> {
     /// Devices whose users may have changed them are in use again: the others are verified in the mode, and these are looked at
     /// when they are let go.
     fn rest_until_released(&mut self, mode: Mode, state: &StateDir, before: &Before) -> Round {
-        self.memory.next_poll = self.memory.next_poll.min(Instant::now() + self.settings.release_poll);
+        self.look_at_power_soon();
         if !self.keep(state, before.records.clone()) {
             return Round::Retry;
         }
@@ -972,6 +978,9 @@ impl<F: Firmware> Controller<F> {
         state: &StateDir,
         records: Vec<DeviceRecord>,
     ) -> Round {
+        // Whoever was in the way of another mode is in nobody's way any more.
+        self.memory.awaited.clear();
+        self.counters.held(&[]);
         let faults: Vec<&DeviceFault> = refused.iter().collect();
         if let Some(error) = first_error(&faults, "Not every device can be in", mode) {
             return self.refuse(state, mode.as_str(), &error, records);
@@ -1023,6 +1032,7 @@ impl<F: Firmware> Controller<F> {
     ) -> Round {
         self.memory.awaited = faults.iter().filter(|fault| fault.busy).map(|fault| fault.bdf).collect();
         self.memory.awaited.iter().for_each(|bdf| self.memory.releases.found_in_use(*bdf));
+        self.look_at_power_soon();
         let Before { standing, mut records } = before;
         plan::note_faults(&mut records, faults);
         self.counters.transition(mode, "busy");

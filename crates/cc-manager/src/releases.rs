@@ -5,7 +5,7 @@
 //! all is counted by the kernel, so that a use between two looks is seen, too. A device without runtime power management never
 //! shows any of this.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hw_probe::Bdf;
 
@@ -14,6 +14,8 @@ use hw_probe::Bdf;
 pub(crate) struct Power {
     /// Whether it is suspended.
     pub(crate) suspended: bool,
+    /// Whether somebody keeps it awake (`power/control` is `on`): that it is awake says nothing of its users then.
+    pub(crate) kept_awake: bool,
     /// For how long it has been awake since boot, in milliseconds; none where the kernel does not count.
     pub(crate) awake_ms: Option<u64>,
 }
@@ -30,17 +32,22 @@ enum State {
 
 /// What has been seen of each device.
 #[derive(Debug, Default)]
-pub(crate) struct Releases(BTreeMap<Bdf, State>);
+pub(crate) struct Releases {
+    states: BTreeMap<Bdf, State>,
+    /// Devices of which nothing is to be seen soon.
+    kept_awake: BTreeSet<Bdf>,
+}
 
 impl Releases {
     /// Takes in the power of every device; those that are not named are forgotten. Returns the devices that were in use and
     /// are no longer.
     pub(crate) fn see(&mut self, powers: &BTreeMap<Bdf, Power>) -> Vec<Bdf> {
-        self.0.retain(|bdf, _| powers.contains_key(bdf));
+        self.states.retain(|bdf, _| powers.contains_key(bdf));
+        self.kept_awake = powers.iter().filter(|(_, power)| power.kept_awake).map(|(bdf, _)| *bdf).collect();
         let mut released = Vec::new();
-        for (bdf, Power { suspended, awake_ms }) in powers {
+        for (bdf, Power { suspended, awake_ms, .. }) in powers {
             // Awake when we see it for the first time: somebody may have had it before we started.
-            let state = self.0.entry(*bdf).or_insert(State::Idle(*awake_ms));
+            let state = self.states.entry(*bdf).or_insert(State::Idle(*awake_ms));
             *state = match (*state, suspended) {
                 (State::InUse, true) => {
                     released.push(*bdf);
@@ -62,27 +69,29 @@ impl Releases {
 
     /// Whether any device may be let go soon, so that it is worth looking often.
     pub(crate) fn any_awake(&self) -> bool {
-        self.0.values().any(|state| !matches!(state, State::Idle(_)))
+        let is_awake =
+            |(bdf, state): (&Bdf, &State)| !matches!(state, State::Idle(_)) && !self.kept_awake.contains(bdf);
+        self.states.iter().any(is_awake)
     }
 
     /// The devices that are in use, as far as their power tells.
     pub(crate) fn in_use(&self) -> impl Iterator<Item = Bdf> {
-        self.0.iter().filter(|(_, state)| **state == State::InUse).map(|(bdf, _)| *bdf)
+        self.states.iter().filter(|(_, state)| **state == State::InUse).map(|(bdf, _)| *bdf)
     }
 
     /// Whether this device is.
     pub(crate) fn is_in_use(&self, bdf: Bdf) -> bool {
-        self.0.get(&bdf) == Some(&State::InUse)
+        self.states.get(&bdf) == Some(&State::InUse)
     }
 
     /// The device was found in use.
     pub(crate) fn found_in_use(&mut self, bdf: Bdf) {
-        self.0.insert(bdf, State::InUse);
+        self.states.insert(bdf, State::InUse);
     }
 
     /// We have woken the device ourselves.
     pub(crate) fn touched(&mut self, bdf: Bdf) {
-        self.0.insert(bdf, State::Unclear);
+        self.states.insert(bdf, State::Unclear);
     }
 }
 
@@ -90,13 +99,17 @@ impl Releases {
 mod tests {
     use super::*;
 
+    fn power(suspended: bool, awake_ms: Option<u64>) -> Power {
+        Power { suspended, kept_awake: false, awake_ms }
+    }
+
     #[test]
     fn a_release_is_told_once_and_our_own_touch_is_none() {
         let bdf: Bdf = "0000:41:00.0".parse().unwrap();
         let mut releases = Releases::default();
         // s: suspended, a: awake.
         let see = |releases: &mut Releases, text: &str| -> String {
-            let mut see = |suspended| !releases.see(&[(bdf, Power { suspended, awake_ms: None })].into()).is_empty();
+            let mut see = |suspended| !releases.see(&[(bdf, power(suspended, None))].into()).is_empty();
             text.chars().map(|state| state == 's').map(&mut see).map(|told| if told { '!' } else { '.' }).collect()
         };
         // Awake from the start may be anybody.
@@ -114,11 +127,20 @@ mod tests {
     fn a_use_between_two_looks_is_told_by_the_time_awake() {
         let bdf: Bdf = "0000:41:00.0".parse().unwrap();
         let mut releases = Releases::default();
-        let see = |releases: &mut Releases, awake_ms| {
-            !releases.see(&[(bdf, Power { suspended: true, awake_ms: Some(awake_ms) })].into()).is_empty()
-        };
+        let see =
+            |releases: &mut Releases, awake_ms| !releases.see(&[(bdf, power(true, Some(awake_ms)))].into()).is_empty();
         assert_eq!([0, 0, 700, 700].map(|awake| see(&mut releases, awake)), [false, false, true, false]);
         releases.touched(bdf);
         assert_eq!([900, 900, 901].map(|awake| see(&mut releases, awake)), [false, false, true], "ours is none");
+    }
+
+    #[test]
+    fn a_device_that_is_kept_awake_is_not_looked_at_often_and_not_forgotten() {
+        let bdf: Bdf = "0000:41:00.0".parse().unwrap();
+        let mut releases = Releases::default();
+        let mut see = |power| (!releases.see(&[(bdf, power)].into()).is_empty(), releases.any_awake());
+        let kept = Power { suspended: false, kept_awake: true, awake_ms: None };
+        assert_eq!([power(false, None), kept, kept].map(&mut see), [(false, true), (false, false), (false, false)]);
+        assert_eq!(see(power(true, None)), (true, false), "it was in use");
     }
 }

@@ -164,10 +164,16 @@ impl Node {
         self.start_agent(&["vfio-manager", "run"], &[])
     }
 
-    /// Starts cc-manager as the operator does: no arguments, all by the environment. Retries come quickly, so that a
-    /// scenario need not wait for them.
+    /// Starts cc-manager as the operator does: no arguments, all by the environment. Retries and looks at the devices come
+    /// quickly, so that a scenario need not wait for them.
     pub fn start_cc_manager(&mut self) -> anyhow::Result<()> {
-        self.start_agent(&["cc-manager"], &[("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RETRY_MAX", "2s")])
+        let quick = [
+            ("CCNODE_RETRY_MIN", "500ms"),
+            ("CCNODE_RETRY_MAX", "2s"),
+            ("CCNODE_RELEASE_POLL", "1s"),
+            ("CCNODE_RESYNC", "10s"),
+        ];
+        self.start_agent(&["cc-manager"], &quick)
     }
 
     /// Starts device-plugin with the gate of our own chart.
