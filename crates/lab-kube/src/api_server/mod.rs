@@ -51,7 +51,7 @@ use std::time::Duration;
 pub use auth::Rule;
 pub use faults::{Fault, FaultAction, FaultId};
 pub use handle::{ApiServer, ServiceAccountFiles};
-pub use store::{HistoryEntry, RequestRecord, View};
+pub use store::{HistoryEntry, OpenWatch, RequestRecord, View};
 
 /// Why a server could not be started, or a request of the test itself was refused.
 #[derive(Debug, thiserror::Error)]

@@ -97,6 +97,7 @@ pub(crate) async fn handle(shared: Arc<Shared>, request: Request<Incoming>) -> R
         resource: info.full_resource(),
         namespace: info.namespace.clone(),
         name: info.name.clone(),
+        accept: text_header(&parts.headers, header::ACCEPT),
         content_type: text_header(&parts.headers, header::CONTENT_TYPE),
         code: 0,
         body: Value::Null,
@@ -728,6 +729,7 @@ impl Exchange {
         Ok(Answer::Watch(Box::new(Watcher::new(
             Arc::clone(&self.shared),
             WatchRequest {
+                user: self.user.name.clone(),
                 scope,
                 from,
                 bookmarks,

@@ -77,12 +77,25 @@ pub struct RequestRecord {
     pub namespace: String,
     /// The object's name, if any.
     pub name: String,
+    /// The `Accept` header.
+    pub accept: String,
     /// The `Content-Type` header.
     pub content_type: String,
     /// The HTTP code of the answer; 0 if the connection was cut instead.
     pub code: u16,
     /// The request's body: JSON, or text if it was none, or null if there was none.
     pub body: Value,
+}
+
+/// A watch that is open.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OpenWatch {
+    /// Whose it is.
+    pub user: String,
+    /// The resource.
+    pub resource: String,
+    /// Whether it is told of the objects' metadata alone.
+    pub metadata_only: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -119,6 +132,9 @@ pub(crate) struct State {
     pub(crate) changes: VecDeque<Change>,
     pub(crate) history: BTreeMap<String, Vec<HistoryEntry>>,
     pub(crate) requests: Vec<RequestRecord>,
+    /// By a number of their own.
+    pub(crate) watches: BTreeMap<u64, OpenWatch>,
+    pub(crate) next_watch: u64,
     pub(crate) tokens: HashMap<String, Token>,
     pub(crate) faults: Faults,
     pub(crate) budgets: Vec<Budget>,
@@ -170,6 +186,13 @@ fn text_map(value: &Value) -> BTreeMap<String, String> {
 }
 
 impl State {
+    /// Counts a watch as open, and says under which number.
+    pub(crate) fn opened(&mut self, watch: OpenWatch) -> u64 {
+        self.next_watch += 1;
+        self.watches.insert(self.next_watch, watch);
+        self.next_watch
+    }
+
     pub(crate) fn new(window: usize, pods_end_after: Option<std::time::Duration>) -> Self {
         let mut state = Self {
             version: 1000,
@@ -179,6 +202,8 @@ impl State {
             changes: VecDeque::new(),
             history: BTreeMap::new(),
             requests: Vec::new(),
+            watches: BTreeMap::new(),
+            next_watch: 0,
             tokens: HashMap::new(),
             faults: Faults::default(),
             budgets: Vec::new(),
@@ -307,6 +332,12 @@ impl<'a> View<'a> {
     /// Every answered request, in the order of answers. A watch is recorded when it begins.
     pub fn requests(&self) -> &'a [RequestRecord] {
         &self.0.requests
+    }
+
+    /// The watches that are open now, in the order of their opening. One that its client has closed is told as soon as the
+    /// connection says so.
+    pub fn open_watches(&self) -> Vec<&'a OpenWatch> {
+        self.0.watches.values().collect()
     }
 
     /// The version of the last write.

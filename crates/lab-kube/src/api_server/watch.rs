@@ -14,7 +14,7 @@ use super::faults::FaultAction;
 use super::resources::{ResourceType, partial};
 use super::selector::{FieldSelector, LabelSelector};
 use super::status::ApiError;
-use super::store::{Change, ChangeKind, State};
+use super::store::{Change, ChangeKind, OpenWatch, State};
 
 /// Which objects a list or a watch is about.
 #[derive(Debug, Clone)]
@@ -43,6 +43,7 @@ impl Scope {
 /// How a watch was asked for.
 #[derive(Debug, Clone)]
 pub(crate) struct WatchRequest {
+    pub(crate) user: String,
     pub(crate) scope: Scope,
     /// None or 0: begin with what is there.
     pub(crate) from: Option<u64>,
@@ -56,6 +57,7 @@ pub(crate) struct WatchRequest {
 
 pub(crate) struct Watcher {
     shared: Arc<Shared>,
+    number: u64,
     request: WatchRequest,
     cursor: u64,
     pending: VecDeque<Bytes>,
@@ -72,7 +74,13 @@ impl Watcher {
     pub(crate) fn new(shared: Arc<Shared>, request: WatchRequest) -> Self {
         let changed = shared.changed.subscribe();
         let closing = shared.closing.subscribe();
+        let number = shared.lock().opened(OpenWatch {
+            user: request.user.clone(),
+            resource: request.scope.rt.resource.to_owned(),
+            metadata_only: request.metadata_only,
+        });
         let mut watcher = Self {
+            number,
             changed,
             closing,
             deadline: Instant::now() + request.timeout,
@@ -259,5 +267,12 @@ impl Watcher {
         } else {
             self.plan_bookmark();
         }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.shared.lock().watches.remove(&self.number);
+        self.shared.tell();
     }
 }

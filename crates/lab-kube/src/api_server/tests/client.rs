@@ -547,6 +547,29 @@ async fn watches_end_in_order_when_closed() {
 }
 
 #[tokio::test]
+async fn a_watch_is_counted_until_its_client_closes_it() {
+    let server = server();
+    let nodes: Api<Node> = Api::all(cc_manager(&server).await);
+    let open = || server.view(|view| view.open_watches().into_iter().cloned().collect::<Vec<_>>());
+    assert_eq!(open(), []);
+    let params = WatchParams::default();
+    let whole = nodes.watch(&params, "0").await.expect("watch");
+    let metadata = nodes.watch_metadata(&params, "0").await.expect("watch");
+    let forms: Vec<bool> = open().iter().map(|watch| watch.metadata_only).collect();
+    assert_eq!(forms, [false, true]);
+    drop(whole);
+    while open().len() != 1 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let left = &open()[0];
+    assert!(left.metadata_only && left.resource == "nodes" && left.user.contains("cc-manager"), "{left:?}");
+    drop(metadata);
+    let accept: Vec<String> = server.requests().into_iter().map(|request| request.accept).collect();
+    let is_metadata = |text: &&String| text.contains("as=PartialObjectMetadata;");
+    assert_eq!(accept.iter().filter(is_metadata).count(), 1, "{accept:?}");
+}
+
+#[tokio::test]
 async fn writers_at_once_lose_nothing() {
     let server = server();
     let client = admin(&server).await;
