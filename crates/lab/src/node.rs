@@ -45,6 +45,8 @@ pub struct Node {
     pub api: ApiServer,
     agents: Vec<Agent>,
     api_port: u16,
+    /// Tokens of cc-manager and of the kubelet.
+    tokens: [String; 2],
     started: Instant,
 }
 
@@ -96,17 +98,34 @@ impl Node {
             &["system:serviceaccounts"],
             Rule::operator_cc_manager(NAMESPACE),
         );
-        let files = api.service_account_files(&token, NAMESPACE);
         let kubelet = api.add_identity(&format!("system:node:{NODE}"), &["system:nodes"], Rule::kubelet(NODE));
         let started = Instant::now();
         let guest = boot.guest()?;
         api.add_node(NODE, labels)?;
-        for (name, content) in [("ca.crt", files.ca_crt), ("token", files.token), ("namespace", files.namespace)] {
-            guest.put_file(content.as_bytes(), &format!("{SERVICE_ACCOUNT}/{name}"), 0o600)?;
-        }
-        guest.put_file(api.kubeconfig(&kubelet, HOST).as_bytes(), "/etc/lab/kubelet.conf", 0o600)?;
         let api_port = api.address().port();
-        Ok(Self { guest, api, agents: Vec::new(), api_port, started })
+        let node = Self { guest, api, agents: Vec::new(), api_port, tokens: [token, kubelet], started };
+        node.put_identities()?;
+        Ok(node)
+    }
+
+    fn put_identities(&self) -> anyhow::Result<()> {
+        let [cc_manager, kubelet] = &self.tokens;
+        let files = self.api.service_account_files(cc_manager, NAMESPACE);
+        for (name, content) in [("ca.crt", files.ca_crt), ("token", files.token), ("namespace", files.namespace)] {
+            self.guest.put_file(content.as_bytes(), &format!("{SERVICE_ACCOUNT}/{name}"), 0o600)?;
+        }
+        let kubeconfig = self.api.kubeconfig(kubelet, HOST);
+        self.guest.put_file(kubeconfig.as_bytes(), "/etc/lab/kubelet.conf", 0o600)?;
+        Ok(())
+    }
+
+    /// Takes the power away from whatever is going on, and boots again. The devices keep their knobs and the API server what
+    /// it has; files and agents are gone.
+    pub fn power_cycle(&mut self) -> anyhow::Result<()> {
+        self.guest.power_cut();
+        self.agents.clear();
+        self.guest.reboot()?;
+        self.put_identities()
     }
 
     /// When the boot of the guest began.
