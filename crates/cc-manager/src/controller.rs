@@ -324,6 +324,7 @@ impl<F: Firmware> Controller<F> {
         }
         if relabelled || Instant::now() >= self.memory.next_round {
             let round = self.round(node, shutdown).await;
+            self.counters.round();
             let delay = match round {
                 Round::Ended => {
                     // What was begun and not touched is put back; without a word to say this does nothing.

@@ -44,6 +44,7 @@ const SECONDS: [f64; 12] = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 3
 /// The agent's own metrics.
 #[derive(Clone, Debug)]
 pub(crate) struct Counters {
+    rounds: Counter,
     transitions: Family<Transition, Counter>,
     transition_seconds: Family<Ending, Histogram, fn() -> Histogram>,
     active: Family<DeviceMode, Gauge>,
@@ -70,6 +71,11 @@ impl Counters {
             released: Counter::default(),
             drifted: Counter::default(),
         };
+        metrics.register(
+            "cc_rounds",
+            "Looks at the node and its devices, whether there was anything to do or not",
+            counters.rounds.clone(),
+        );
         metrics.register(
             "cc_transitions",
             "Attempts to change the mode of this node's GPUs, by target and result",
@@ -117,6 +123,10 @@ impl Counters {
             counters.drifted.clone(),
         );
         counters
+    }
+
+    pub(crate) fn round(&self) {
+        self.rounds.inc();
     }
 
     pub(crate) fn drifted(&self) {
