@@ -95,6 +95,8 @@ struct Memory {
     label: Option<String>,
     /// The last value of the annotation that asks to try again.
     retry_word: Option<String>,
+    /// The UID of the node object of the last round.
+    node_uid: String,
     /// What stands, or is to stand, on the node object.
     publication: Option<Publication>,
     /// The last `devices.json`, should the file be lost.
@@ -220,6 +222,7 @@ impl<F: Firmware> Controller<F> {
         let memory = Memory {
             label: None,
             retry_word: None,
+            node_uid: String::new(),
             publication: None,
             known: None,
             on_disk: false,
@@ -322,7 +325,10 @@ impl<F: Firmware> Controller<F> {
             self.memory.look_at = None;
             self.look_for_other_devices().await;
         }
-        if relabelled || Instant::now() >= self.memory.next_round {
+        // A node object that was made again knows nothing of what the old one was told.
+        let renewed = self.memory.node_uid != node.uid;
+        self.memory.node_uid.clone_from(&node.uid);
+        if relabelled || renewed || Instant::now() >= self.memory.next_round {
             let round = self.round(node, shutdown).await;
             self.counters.round();
             let delay = match round {
@@ -1231,7 +1237,9 @@ impl<F: Firmware> Controller<F> {
             return true;
         }
         let known = self.memory.known.as_ref();
-        let stands = known.is_some_and(|known| known.transition.is_none() && known.devices == devices);
+        let is_of_this_node = |known: &DevicesFile| known.origin.node_uid.as_deref() == Some(&state.node_uid);
+        let stands =
+            known.is_some_and(|known| known.transition.is_none() && known.devices == devices && is_of_this_node(known));
         (stands && self.memory.on_disk) || self.store(state, None, devices)
     }
 

@@ -1255,6 +1255,20 @@ async fn a_node_that_is_absent_is_waited_for() {
 }
 
 #[tokio::test]
+async fn a_node_object_that_is_made_again_is_told_what_is_known_of_this_boot() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    world.api.delete_node();
+    world.api.create_node("uid-2");
+    until("told", || world.status()["nodeUid"] == "uid-2").await;
+    world.until_state("on", "true").await;
+    until("filed", || world.file().unwrap().origin.node_uid.as_deref() == Some("uid-2")).await;
+    assert_eq!((world.firmware.calls().len(), world.firmware.looks().len()), (1, 1), "no device is touched for it");
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn shutdown_ends_at_once_when_idle_and_within_the_grace_otherwise() {
     let world = World::new(&[(A, H100)]);
     let agent = world.start();
