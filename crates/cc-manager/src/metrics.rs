@@ -66,6 +66,7 @@ impl Counters {
             configured: Family::default(),
             usable: Family::default(),
             holders: Family::default(),
+            rounds: Counter::default(),
             retries: Counter::default(),
             api_failures: Counter::default(),
             released: Counter::default(),
