@@ -28,6 +28,11 @@ pub enum Command {
     /// Reads only, as `probe` does; besides, the kubelet is asked for a pod that does not exist. Ends with 0 when no check failed,
     /// with 1 when one did, with 2 when the checks could not run.
     Doctor(DoctorArgs),
+    /// Tell in one line whether this node is what it is wanted to be, and what to do if not; then a table of its devices.
+    ///
+    /// Reads only: host files, processes and the node object; no device is opened, woken or reset. Ends with 0 when every device
+    /// is verified in the wanted mode and the labels say so, with 1 when not or not yet, with 2 when it cannot be told.
+    Status(crate::status::StatusArgs),
     /// Show, plan and change the confidential-computing mode of GPUs and NVSwitches, without Kubernetes.
     Mode {
         /// What to do.

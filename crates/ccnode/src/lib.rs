@@ -5,11 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+mod agents;
 mod archive;
 pub mod args;
 pub mod bundle;
 pub mod cc;
 pub mod checks;
+pub mod cluster;
 pub mod doctor;
 mod generate;
 pub mod mode;
@@ -21,6 +23,7 @@ pub mod probe;
 pub mod redact;
 pub mod report;
 pub mod source;
+pub mod status;
 mod table;
 pub mod watch;
 
@@ -31,10 +34,11 @@ use args::{Args, Command};
 /// The command did what it was asked, and nothing failed.
 pub const SUCCESS: u8 = 0;
 
-/// The command could not be carried out; of `doctor` and `mode`: a check or a device failed.
+/// The command could not be carried out; of `doctor` and `mode`: a check or a device failed; of `status`: the node is not
+/// ready.
 pub const FAILED: u8 = 1;
 
-/// Of `doctor` and `mode`: nothing could be done. Wrong command lines end with this, too.
+/// Of `doctor`, `mode` and `status`: nothing could be done or told. Wrong command lines end with this, too.
 pub const COULD_NOT_RUN: u8 = 2;
 
 /// Runs one command; its answer goes to `out`, in colour if wanted, warnings and errors go to `notes`. Returns the exit code.
@@ -44,6 +48,7 @@ pub fn run(args: &Args, out: &mut impl Write, notes: &mut (impl Write + Send), c
         Command::Probe(args) => (probe::run(args, out, notes).map(|()| SUCCESS), FAILED),
         Command::Bundle(args) => (bundle::run(args, out, notes).map(|()| SUCCESS), FAILED),
         Command::Doctor(args) => (doctor::run(args, out, colour), COULD_NOT_RUN),
+        Command::Status(args) => (status::run(args, out), COULD_NOT_RUN),
         Command::Mode { command } => (mode::run(command, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),
         Command::Completions { shell } => (generate::completions(*shell, out).map(|()| SUCCESS), FAILED),
         Command::Man => (generate::man(out).map(|()| SUCCESS), FAILED),

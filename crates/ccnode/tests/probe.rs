@@ -251,10 +251,16 @@ fn a_feature_file_is_written_where_asked() {
 fn completions_and_the_manual_name_every_command() {
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
         let (script, _) = run(&["completions", shell]).unwrap();
-        assert!(script.contains("probe") && script.contains("doctor") && script.contains("explain"), "{shell}");
+        assert!(
+            script.contains("probe")
+                && script.contains("doctor")
+                && script.contains("status")
+                && script.contains("explain"),
+            "{shell}"
+        );
     }
     let (page, _) = run(&["man"]).unwrap();
-    for word in [".TH ccnode", "ccnode\\-probe", "ccnode\\-doctor", "\\-\\-explain", "\\-\\-watch"] {
+    for word in [".TH ccnode", "ccnode\\-probe", "ccnode\\-doctor", "ccnode\\-status", "\\-\\-explain", "\\-\\-watch"] {
         assert!(page.contains(word), "{word}: {page}");
     }
 }

@@ -70,8 +70,10 @@ impl std::fmt::Debug for NodeClient {
 }
 
 /// A client for the cluster: by the pod's service account where there is one, else by `kubeconfig`, else by what
-/// `KUBECONFIG` or the home directory says.
+/// `KUBECONFIG` or the home directory says. An empty path, and a list of files as `KUBECONFIG` may be, is left to the library,
+/// which reads and merges those by itself.
 pub async fn connect(kubeconfig: Option<&Path>) -> Result<kube::Client, NodeError> {
+    let kubeconfig = kubeconfig.filter(|path| !path.as_os_str().is_empty() && !path.to_string_lossy().contains(':'));
     let mut config = match kube::Config::incluster() {
         Ok(config) => config,
         Err(in_cluster) => {

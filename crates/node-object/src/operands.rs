@@ -41,9 +41,14 @@ pub fn present(node: &NodeState) -> BTreeMap<String, String> {
     labels().filter_map(|label| Some((label.to_owned(), value(label)?.to_owned()))).collect()
 }
 
+/// The deploy labels of the components that are paused by us, or by the reference in our place.
+pub fn all_paused(node: &NodeState) -> impl Iterator<Item = &'static str> {
+    labels().filter(|label| node.label(label).is_some_and(|value| value.contains(MARKER)))
+}
+
 /// Whether a component is paused by us, or by the reference in our place.
 pub fn any_paused(node: &NodeState) -> bool {
-    labels().any(|label| node.label(label).is_some_and(|value| value.contains(MARKER)))
+    all_paused(node).next().is_some()
 }
 
 /// Whether pausing would stop any component.
@@ -144,6 +149,8 @@ mod tests {
         let change = pause(&before, Change::new());
         assert_eq!(change, Change::new().label(VFIO, MARKER));
         assert!(!any_paused(&before) && any_paused(&node(&[(VFIO, MARKER)])));
+        let both = node(&[(VFIO, "pre-installed_paused-for-cc-mode-change"), (KATA, "true")]);
+        assert_eq!(all_paused(&both).collect::<Vec<_>>(), [VFIO]);
         assert_eq!(
             take_up(&node(&[(VFIO, MARKER), (KATA, "false")]), Change::new()).missing_from(&before),
             Change::new().label(KATA, "false")

@@ -1,20 +1,15 @@
 //! Whether cc-manager manages this node.
 
-use std::fs;
 use std::path::Path;
 
 use agent_core::hostfile::HostDir;
 use agent_core::state::{DEVICES_FILE, DevicesFile, STATE_DIR, state_dir};
 use gpu_firmware::Mode;
 
-/// Names under which cc-manager runs, ours and the reference's.
-const NAMES: [&str; 2] = ["cc-manager", "k8s-cc-manager"];
+use crate::agents::{self, Agent, CC_MANAGER};
 
 /// The file that cc-manager makes after its first attempt, and that its pod removes when it ends in order.
-const READINESS_FILE: &str = "run/nvidia/validations/.cc-manager-ctr-ready";
-
-/// Most that is read of a process's environment.
-const MOST_BYTES: usize = 1 << 20;
+pub(crate) const READINESS_FILE: &str = "run/nvidia/validations/.cc-manager-ctr-ready";
 
 /// What tells that cc-manager manages this node.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,13 +38,10 @@ impl Evidence {
 /// Looks for cc-manager: its process, what it has written in this boot, and its readiness file, which does not outlive the
 /// boot. Another PID namespace hides its process, not its files.
 pub(super) fn evidence(root: &Path, boot_id: Option<&str>) -> Option<Evidence> {
-    let node = || {
-        let name = fs::read_to_string(root.join("proc/sys/kernel/hostname")).unwrap_or_default();
-        let name = name.trim().to_ascii_lowercase();
-        if name.is_empty() { "NODE".to_owned() } else { name }
-    };
-    if let Some((pid, name)) = process(root) {
-        let node = node_of(root, pid).unwrap_or_else(node);
+    let node = || agents::host_name(root).unwrap_or_else(|| "NODE".to_owned());
+    if let Some(agent) = agents::running(root, CC_MANAGER) {
+        let node = agents::node_of(root, &agent).unwrap_or_else(node);
+        let Agent { pid, name } = agent;
         return Some(Evidence { what: format!("process {pid} is {name}"), node, is_running: true });
     }
     let record = boot_id.is_some_and(|boot_id| {
@@ -64,30 +56,6 @@ pub(super) fn evidence(root: &Path, boot_id: Option<&str>) -> Option<Evidence> {
         return None;
     };
     Some(Evidence { what: file, node: node(), is_running: false })
-}
-
-fn process(root: &Path) -> Option<(u32, String)> {
-    let entries = fs::read_dir(root.join("proc")).ok()?;
-    let mut found: Vec<(u32, String)> = entries
-        .flatten()
-        .filter_map(|entry| {
-            let pid = entry.file_name().to_str()?.parse().ok()?;
-            let name = fs::read_to_string(entry.path().join("comm")).ok()?.trim().to_owned();
-            NAMES.contains(&name.as_str()).then_some((pid, name))
-        })
-        .collect();
-    found.sort_unstable();
-    found.into_iter().next()
-}
-
-/// The node that a process was told it is on. It says so in its environment.
-fn node_of(root: &Path, pid: u32) -> Option<String> {
-    let environment = fs::read(root.join(format!("proc/{pid}/environ"))).ok()?;
-    let mut words = environment.get(..environment.len().min(MOST_BYTES))?.split(|byte| *byte == 0);
-    let name = words.find_map(|word| std::str::from_utf8(word).ok()?.strip_prefix("NODE_NAME="))?;
-    // It goes into a command line that people copy.
-    let is_name = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-.".contains(&byte));
-    is_name.then(|| name.to_owned())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 pub mod args;
 mod get;
 pub mod look;
-mod manager;
+pub(crate) mod manager;
 mod peek;
 mod plan;
 mod progress;
@@ -140,7 +140,7 @@ impl<'a> ErrorView<'a> {
 }
 
 /// The GPUs and NVSwitches among these, in words.
-fn census<'a>(functions: impl Iterator<Item = &'a PciFunction>) -> String {
+pub(crate) fn census<'a>(functions: impl Iterator<Item = &'a PciFunction>) -> String {
     let (gpus, switches): (Vec<_>, Vec<_>) = functions.partition(|function| function.is_gpu());
     let count = |number: usize, one, many| format!("{number} {}", if number == 1 { one } else { many });
     let (gpus, switches) = (count(gpus.len(), "GPU", "GPUs"), count(switches.len(), "NVSwitch", "NVSwitches"));
