@@ -6,6 +6,9 @@ use std::path::Path;
 /// Names under which cc-manager runs, ours and the reference's.
 pub(crate) const CC_MANAGER: &[&str] = &["cc-manager", "k8s-cc-manager"];
 
+/// Names of all agents that write what `ccnode cleanup` removes. The kernel keeps 15 bytes of a name.
+pub(crate) const ALL: &[&str] = &["cc-manager", "k8s-cc-manager", "vfio-manager", "device-plugin", "nvidia-sandbox-"];
+
 /// The PID namespace of the machine has a fixed number.
 const INITIAL_NAMESPACE: &str = "pid:[4026531836]";
 

@@ -44,6 +44,11 @@ pub enum Command {
     /// Reads only, as they do. `probe --root` and `doctor --root` replay the archive, and `cargo lab run --topology` builds a virtual node
     /// like it. docs/bundle.md says what is in it and what is taken out; look through it before you send it.
     Bundle(BundleArgs),
+    /// Take away what the agents have left on this node once they are gone for good: annotations, files, paused labels.
+    ///
+    /// Changes no mode and no binding, and keeps the label of the wanted mode. It is refused while an agent runs here or a device is
+    /// being changed. Ends with 0 when all is clean, with 1 when something could not be removed, with 2 when nothing was done.
+    Cleanup(crate::cleanup::CleanupArgs),
     /// Print the completion script for a shell.
     Completions {
         /// The shell.

@@ -1,11 +1,11 @@
 //! The node object, as a person's commands reach it.
 
-use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use node_object::{NodeClient, NodeError, Timing};
+use tokio::runtime::{Builder, Runtime};
 
 use crate::agents;
 
@@ -50,10 +50,9 @@ impl Named {
     }
 }
 
-/// Runs what asks the API server.
-pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    Ok(runtime.context("No runtime to ask the API server with")?.block_on(work))
+/// What drives requests. A client works in the runtime that it was made in alone.
+pub(crate) fn runtime() -> anyhow::Result<Runtime> {
+    Builder::new_current_thread().enable_all().build().context("No runtime to ask the API server with")
 }
 
 /// A client of this node.

@@ -1,7 +1,7 @@
 //! Command line for people: what a node is, and why it is not ready.
 //!
-//! Every command but `mode` reads only: it opens no device, wakes none and resets none, so it is safe beside running virtual
-//! machines. `mode get` and `mode plan` do so unless they are told to own the devices; `mode set` changes them.
+//! Every command but `mode` and `cleanup` reads only: it opens no device, wakes none and resets none, so it is safe beside running virtual
+//! machines. `cleanup` removes files and writes the node object, and touches no device. `mode get` and `mode plan` do so unless they are told to own the devices; `mode set` changes them.
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,7 @@ pub mod args;
 pub mod bundle;
 pub mod cc;
 pub mod checks;
+pub mod cleanup;
 pub mod cluster;
 pub mod doctor;
 mod generate;
@@ -35,10 +36,10 @@ use args::{Args, Command};
 pub const SUCCESS: u8 = 0;
 
 /// The command could not be carried out; of `doctor` and `mode`: a check or a device failed; of `status`: the node is not
-/// ready.
+/// ready; of `cleanup`: something could not be removed.
 pub const FAILED: u8 = 1;
 
-/// Of `doctor`, `mode` and `status`: nothing could be done or told. Wrong command lines end with this, too.
+/// Of `doctor`, `mode`, `status` and `cleanup`: nothing could be done or told. Wrong command lines end with this, too.
 pub const COULD_NOT_RUN: u8 = 2;
 
 /// Runs one command; its answer goes to `out`, in colour if wanted, warnings and errors go to `notes`. Returns the exit code.
@@ -49,6 +50,7 @@ pub fn run(args: &Args, out: &mut impl Write, notes: &mut (impl Write + Send), c
         Command::Bundle(args) => (bundle::run(args, out, notes).map(|()| SUCCESS), FAILED),
         Command::Doctor(args) => (doctor::run(args, out, colour), COULD_NOT_RUN),
         Command::Status(args) => (status::run(args, out), COULD_NOT_RUN),
+        Command::Cleanup(args) => (cleanup::run(args, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),
         Command::Mode { command } => (mode::run(command, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),
         Command::Completions { shell } => (generate::completions(*shell, out).map(|()| SUCCESS), FAILED),
         Command::Man => (generate::man(out).map(|()| SUCCESS), FAILED),

@@ -260,7 +260,15 @@ fn completions_and_the_manual_name_every_command() {
         );
     }
     let (page, _) = run(&["man"]).unwrap();
-    for word in [".TH ccnode", "ccnode\\-probe", "ccnode\\-doctor", "ccnode\\-status", "\\-\\-explain", "\\-\\-watch"] {
+    for word in [
+        ".TH ccnode",
+        "ccnode\\-probe",
+        "ccnode\\-doctor",
+        "ccnode\\-status",
+        "ccnode\\-cleanup",
+        "\\-\\-explain",
+        "\\-\\-watch",
+    ] {
         assert!(page.contains(word), "{word}: {page}");
     }
 }

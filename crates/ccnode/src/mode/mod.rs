@@ -14,7 +14,7 @@ mod stop;
 use std::io::{self, IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
+use anyhow::{Context as _, bail, ensure};
 use gpu_firmware::Places;
 use hw_probe::{Bdf, Inventory, PciFunction, SysRoot};
 use serde::Serialize;
@@ -44,6 +44,18 @@ impl Terminal {
         };
         let live = io::stderr().is_terminal();
         Self { ask: (live && io::stdin().is_terminal()).then_some(answer), live }
+    }
+
+    /// Asks whether to go on; an error if not, or where there is nobody to ask.
+    pub(crate) fn confirm(&self, notes: &mut impl Write) -> anyhow::Result<()> {
+        let Some(ask) = self.ask else {
+            bail!("There is no terminal to ask on, so nothing is changed; --yes does it without asking");
+        };
+        write!(notes, "Do it? [y/N] ")?;
+        notes.flush()?;
+        let answer = ask().context("No answer can be read")?;
+        ensure!(matches!(answer.trim(), "y" | "Y" | "yes"), "Not confirmed, so nothing is changed");
+        Ok(())
     }
 }
 

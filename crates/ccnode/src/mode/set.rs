@@ -92,14 +92,7 @@ pub(super) fn run(
         return report(&plan, &outcome, &refusals, &BTreeMap::new(), false, out, json);
     }
     if !yes {
-        let Some(ask) = terminal.ask else {
-            bail!("There is no terminal to ask on, so nothing is changed; --yes does it without asking");
-        };
-        write!(notes, "Do it? [y/N] ")?;
-        notes.flush()?;
-        if !matches!(ask().context("No answer can be read")?.trim(), "y" | "Y" | "yes") {
-            bail!("Not confirmed, so nothing is changed");
-        }
+        terminal.confirm(notes)?;
     }
     // From here on a signal does not end the process.
     let stop = Stop::listen().context("Cannot listen for signals, so nothing is changed")?;

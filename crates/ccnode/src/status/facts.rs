@@ -97,7 +97,7 @@ impl Facts {
         let node = match &named.name {
             _ if *offline => Answer::NotAsked("it was not asked (--offline)".to_owned()),
             None => Answer::NotAsked("nothing tells this node's name; give --node".to_owned()),
-            Some(name) => cluster::block_on(ask(name, kubeconfig.as_deref()))?,
+            Some(name) => cluster::runtime()?.block_on(ask(name, kubeconfig.as_deref())),
         };
         let mut facts = Self { now: Timestamp::now(), host: None, name: named.name, node, remarks: Vec::new() };
         if !remote {
@@ -123,7 +123,7 @@ impl Facts {
 
     /// Whether the node object speaks of the boot that this machine is in.
     fn is_of(&self, host: &Host) -> bool {
-        self.status().is_some_and(|status| host.boot_id.as_ref() == Some(&status.boot_id))
+        self.node().is_some_and(|node| says_boot(&node.state, host.boot_id.as_deref()))
     }
 
     /// The node object.
@@ -168,6 +168,12 @@ impl NodeFacts {
             .map(|journal| journal.filter(|journal| journal.node_uid.is_empty() || journal.node_uid == state.uid));
         Self { state, status, transition }
     }
+}
+
+/// Whether a node object speaks of this boot: then it is the one of this machine.
+pub(crate) fn says_boot(state: &NodeState, boot_id: Option<&str>) -> bool {
+    let status = parse::<CcStatus>(state, annotations::CC_STATUS).ok().flatten();
+    status.is_some_and(|status| !status.boot_id.is_empty() && Some(&*status.boot_id) == boot_id)
 }
 
 fn parse<T: for<'a> Deserialize<'a>>(state: &NodeState, name: &str) -> Result<Option<T>, String> {

@@ -21,6 +21,7 @@ use crate::{COULD_NOT_RUN, FAILED, SUCCESS, printable, table};
 use facts::{Answer, Facts, Host, Manager, Records};
 use judge::{Change, Judgement, age};
 
+pub(crate) use facts::says_boot;
 pub use judge::Verdict;
 
 /// Flags of `ccnode status`.
