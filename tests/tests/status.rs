@@ -62,10 +62,10 @@ fn the_first_line_is_true_at_every_turn_and_cleanup_leaves_nothing() -> Result<(
     let count = resets(&node)?;
     node.ask_for("on")?;
     let pid = node.agent("sh")?.process.pid().to_string();
-    let held =
+    let told =
         await_line(&node, 1, &["NOT READY ", &bdf, " held by pid ", &pid, "; do: stop what process ", "mode on"])?;
-    let row = held.lines().find(|line| line.starts_with(&bdf)).context("no row")?;
-    ensure!(row.contains(&format!("pid {pid} (")) && row.contains("InUse"), "{held}");
+    let row = told.lines().find(|line| line.starts_with(&bdf)).context("no row")?;
+    ensure!(row.contains(&format!("pid {pid} (")) && row.contains("InUse"), "{told}");
     ensure!(resets(&node)? == count, "looking resets nothing");
 
     // In the middle of the change.
