@@ -49,6 +49,11 @@ pub enum Command {
     /// Changes no mode and no binding, and keeps the label of the wanted mode. It is refused while an agent runs here or a device is
     /// being changed. Ends with 0 when all is clean, with 1 when something could not be removed, with 2 when nothing was done.
     Cleanup(crate::cleanup::CleanupArgs),
+    /// List the pods that have GPUs of a node and, with --yes, evict them, as far as their disruption budgets allow.
+    ///
+    /// For any machine with a kubeconfig: pods are seen and evicted with its user's rights. Ends with 0 when none is left or none was to
+    /// be evicted, with 1 when one could not be, with 2 when they could not be listed.
+    DrainHolders(crate::drain::DrainArgs),
     /// Print the completion script for a shell.
     Completions {
         /// The shell.

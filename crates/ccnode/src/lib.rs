@@ -1,7 +1,8 @@
 //! Command line for people: what a node is, and why it is not ready.
 //!
-//! Every command but `mode` and `cleanup` reads only: it opens no device, wakes none and resets none, so it is safe beside running virtual
-//! machines. `cleanup` removes files and writes the node object, and touches no device. `mode get` and `mode plan` do so unless they are told to own the devices; `mode set` changes them.
+//! Every command but `mode`, `cleanup` and `drain-holders` reads only: it opens no device, wakes none and resets none, so it is safe beside running virtual
+//! machines. `cleanup` removes files and writes the node object, and touches no device. `drain-holders`
+//! evicts pods. `mode get` and `mode plan` do so unless they are told to own the devices; `mode set` changes them.
 
 #![forbid(unsafe_code)]
 
@@ -14,6 +15,7 @@ pub mod checks;
 pub mod cleanup;
 pub mod cluster;
 pub mod doctor;
+pub mod drain;
 mod generate;
 pub mod mode;
 pub mod nfd;
@@ -36,7 +38,7 @@ use args::{Args, Command};
 pub const SUCCESS: u8 = 0;
 
 /// The command could not be carried out; of `doctor` and `mode`: a check or a device failed; of `status`: the node is not
-/// ready; of `cleanup`: something could not be removed.
+/// ready; of `cleanup` and `drain-holders`: something is left.
 pub const FAILED: u8 = 1;
 
 /// Of `doctor`, `mode`, `status` and `cleanup`: nothing could be done or told. Wrong command lines end with this, too.
@@ -51,6 +53,7 @@ pub fn run(args: &Args, out: &mut impl Write, notes: &mut (impl Write + Send), c
         Command::Doctor(args) => (doctor::run(args, out, colour), COULD_NOT_RUN),
         Command::Status(args) => (status::run(args, out), COULD_NOT_RUN),
         Command::Cleanup(args) => (cleanup::run(args, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),
+        Command::DrainHolders(args) => (drain::run(args, out, notes), COULD_NOT_RUN),
         Command::Mode { command } => (mode::run(command, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),
         Command::Completions { shell } => (generate::completions(*shell, out).map(|()| SUCCESS), FAILED),
         Command::Man => (generate::man(out).map(|()| SUCCESS), FAILED),

@@ -12,6 +12,7 @@ mod counts;
 mod error;
 mod events;
 pub mod operands;
+mod pods;
 mod state;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -23,6 +24,7 @@ pub use client::{NodeClient, Timing, connect};
 pub use counts::Counts;
 pub use error::NodeError;
 pub use events::{Event, Events, Sender as EventSender};
+pub use pods::{Eviction, Pod};
 pub use state::{NodeState, NodeView};
 
 /// Names of labels (operator-contract section 2.1).
