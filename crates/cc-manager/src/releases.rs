@@ -1,9 +1,9 @@
 //! When a device was in use and is no longer: the moment to look whether its user has left it as it was. No I/O.
 //!
 //! The kernel tells nobody that a virtual machine has let go of a device. But a device that nobody has open is suspended
-//! after a moment, and one that is suspended is not in use (virtual-gpu-rig section 6, fact 1). How long it has been awake in
-//! all is counted by the kernel, so that a use between two looks is seen, too. A device without runtime power management never
-//! shows any of this.
+//! after a moment, and one that is suspended is not in use (virtual-gpu-rig section 6, fact 1), unless somebody holds its group
+//! and has not opened it. How long it has been awake in all is counted by the kernel, so that a use between two looks is seen,
+//! too. A device without runtime power management never shows any of this.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,6 +28,8 @@ enum State {
     Idle(Option<u64>),
     /// Awake, and not by us.
     InUse,
+    /// Suspended, and in use all the same: whoever has its group has not opened it. It was awake for so long before.
+    HeldAsleep(Option<u64>),
 }
 
 /// What has been seen of each device.
@@ -53,15 +55,17 @@ impl Releases {
                     released.push(*bdf);
                     State::Idle(*awake_ms)
                 }
-                (State::Idle(before), true) => {
-                    if before.zip(*awake_ms).is_some_and(|(before, now)| now > before) {
-                        released.push(*bdf);
-                    }
+                (State::Idle(before) | State::HeldAsleep(before), true)
+                    if before.zip(*awake_ms).is_some_and(|(before, now)| now > before) =>
+                {
+                    released.push(*bdf);
                     State::Idle(*awake_ms)
                 }
+                (State::HeldAsleep(before), true) => State::HeldAsleep(before.or(*awake_ms)),
+                (State::Idle(_), true) => State::Idle(*awake_ms),
                 (State::Unclear, true) => State::Idle(*awake_ms),
                 (State::Unclear, false) => State::Unclear,
-                (State::Idle(_) | State::InUse, false) => State::InUse,
+                (State::Idle(_) | State::InUse | State::HeldAsleep(_), false) => State::InUse,
             };
         }
         released

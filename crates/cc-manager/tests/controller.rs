@@ -736,6 +736,36 @@ async fn a_failure_that_goes_on_in_other_words_is_told_now_and_then() {
 }
 
 #[tokio::test]
+async fn a_device_that_is_held_and_not_open_is_not_taken_for_let_go() {
+    let world = World::new(&[(A, H100)]);
+    world.power(A, "suspended");
+    let agent = world.start_as(|settings| {
+        settings.retry_min = Duration::from_mins(1);
+        settings.retry_max = Duration::from_mins(1);
+    });
+    world.until_state("on", "true").await;
+    settle().await;
+    for _ in 0..1000 {
+        world.firmware.script(Script::Refuse(A, "InUse", true));
+    }
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("told", || world.status()["error"]["code"] == "InUse").await;
+    settle().await;
+    assert_eq!(world.firmware.refused.load(Ordering::Relaxed), 1, "the next attempt comes with its delay");
+    assert_eq!(
+        (world.state(), world.offered()),
+        ((Some("on".to_owned()), Some("true".to_owned())), vec![A.to_owned()])
+    );
+    // Its holder opens it, and lets go of it.
+    world.firmware.script.lock().unwrap().clear();
+    world.power(A, "active");
+    settle().await;
+    world.power(A, "suspended");
+    world.until_state("off", "false").await;
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn what_happens_is_an_event_once_and_a_line_for_the_record() {
     let world = World::new(&[(A, H100), (B, H100)]);
     let agent = world.start();
