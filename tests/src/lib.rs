@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use lab::node::{CC_MODE_STATE, CC_READY_STATE, NODE};
 use lab::{Boot, Node};
-use lab_devices::{Kind, TraceEvent, trace};
+use lab_devices::{DeviceStatus, Kind, ModelKind, Space, TraceEvent, trace};
+use lab_kube::api_server::HistoryEntry;
 use lab_vm::{Artifacts, Cache, Wanted};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// Time for a change of modes of all GPUs, on a busy machine.
@@ -44,6 +46,78 @@ pub fn lab_is_here() -> Result<bool> {
     }
 }
 
+/// Whatever lets cc-manager tell its metrics to [`metric`].
+pub const WITH_METRICS: (&str, &str) = ("HEALTH_ADDR", "127.0.0.1:9400");
+
+/// The value of one of cc-manager's metrics that has no labels.
+pub fn metric(node: &Node, name: &str) -> Result<u64> {
+    let text = node.look(&["wget", "-q", "-O", "-", "http://127.0.0.1:9400/metrics"])?.text();
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.with_context(|| format!("there is no metric {name} in\n{text}"))?.parse().context("it is no number")
+}
+
+/// Waits until cc-manager has looked at the node so many more times.
+pub fn await_rounds(node: &Node, rounds: u64) -> Result<()> {
+    const ROUNDS: &str = "ccnode_cc_rounds_total";
+    let (before, deadline) = (metric(node, ROUNDS)?, Instant::now() + CHANGE);
+    while metric(node, ROUNDS)? < before + rounds {
+        ensure!(Instant::now() < deadline, "{} of {rounds} rounds\n{}", metric(node, ROUNDS)? - before, node.logs());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// Waits until the running cc-manager has logged this event more than `seen` times.
+pub fn await_event(node: &Node, event: &str, seen: usize) -> Result<()> {
+    let deadline = Instant::now() + CHANGE;
+    while node.agent("cc-manager")?.events(event).len() <= seen {
+        ensure!(Instant::now() < deadline, "no event {event}\n{}", node.logs());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// How often the running cc-manager has logged this event.
+pub fn events(node: &Node, event: &str) -> Result<usize> {
+    Ok(node.agent("cc-manager")?.events(event).len())
+}
+
+/// Starts a process that holds a device's VFIO group, as a virtual machine does. [`release`] ends it.
+pub fn hold_group(node: &mut Node, name: &str) -> Result<()> {
+    let bdf = node.guest.bdf(name)?;
+    let link = format!("/sys/bus/pci/devices/{bdf}/iommu_group");
+    let hold = format!("exec 3<>/dev/vfio/$(basename $(readlink {link})) && echo held && exec sleep 1000");
+    node.start_agent(&["sh", "-c", &hold], &[])?;
+    node.agent("sh")?.process.wait_output(STEP, |text| text.contains("held")).with_context(|| node.logs())
+}
+
+/// Ends the process that holds a device.
+pub fn release(node: &Node) -> Result<()> {
+    node.stop_agent("sh", Signal::SIGKILL)
+}
+
+/// How often each device was reset, in whatever way, and how many requests its firmware took.
+pub fn touched(node: &Node) -> Result<Vec<(u64, u64)>> {
+    let counts = |name: &str| node.device(name).map(|device| (device.flrs + device.bus_resets, device.rpcs));
+    devices(node).into_iter().map(|(name, _)| counts(name)).collect()
+}
+
+/// What stands in the annotation `ccnode.dev/cc-status`; null if nothing does.
+pub fn cc_status(node: &Node) -> Value {
+    let text = node.api.annotations(NODE).remove("ccnode.dev/cc-status").unwrap_or_default();
+    serde_json::from_str(&text).unwrap_or_default()
+}
+
+/// Waits until `done`; `what` says for what.
+pub fn await_that(what: &str, node: &Node, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + CHANGE;
+    while !done()? {
+        ensure!(Instant::now() < deadline, "not in time: {what}; {:?}\n{}", node.api.labels(NODE), node.logs());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 /// Boots a node of this topology, with these labels; none where scenarios do not run.
 pub fn node(topology: &str, labels: &[(&str, &str)]) -> Result<Option<Node>> {
     node_with(topology, labels, |_| {})
@@ -59,42 +133,95 @@ pub fn node_with(topology: &str, labels: &[(&str, &str)], change: impl FnOnce(&m
     Node::start(boot, labels).map(Some)
 }
 
-/// The bits of a GPU's status register that say its mode: CC, devtools, PPCIe (gpu-cc-protocol section 3).
-pub const MODE_BITS: u32 = 0x23;
+/// The status register's bits of a mode, and the knobs that it fixes.
+pub type Vector = (u32, &'static [(u16, u16)]);
 
-/// What a GH100 is when it is in a mode: the status register, and the knobs 45, 10, 8 and 6 (gpu-cc-protocol section 6.1).
-///
-/// An error for what is no mode: a node that says `failed` may not pass for one that is off.
-pub fn expected(mode: &str) -> Result<(u32, [(u16, u16); 4])> {
-    Ok(match mode {
-        "on" => (0x01, [(45, 0), (10, 2), (8, 1), (6, 0)]),
-        "devtools" => (0x03, [(45, 0), (10, 0), (8, 1), (6, 1)]),
-        "off" => (0x00, [(45, 0), (10, 0), (8, 0), (6, 0)]),
-        other => bail!("{other:?} is no mode that a GPU can be in"),
+/// What a device of this model is in a mode of its own (gpu-cc-protocol sections 3 and 6.1).
+pub fn vector(model: ModelKind, own: &str) -> Option<Vector> {
+    use ModelKind::{B200, Gb200, H100, H200, Ls10, RtxPro6000};
+    Some(match (model, own) {
+        (H100 | H200 | Ls10, "off") => (0x00, &[(45, 0), (10, 0), (8, 0), (6, 0)]),
+        (H100 | H200, "on") => (0x01, &[(45, 0), (10, 2), (8, 1), (6, 0), (2, 0), (4, 0), (34, 0)]),
+        (H100 | H200, "devtools") => (0x03, &[(45, 0), (10, 0), (8, 1), (6, 1), (2, 0), (4, 0), (34, 0)]),
+        (H100 | H200, "ppcie") => (0x20, &[(45, 1), (10, 2), (8, 0), (6, 0), (2, 0), (4, 0), (34, 0)]),
+        (Ls10, "ppcie") => (0x01, &[(45, 1), (10, 0), (8, 0), (6, 0), (2, 0), (4, 0), (34, 0)]),
+        (B200 | Gb200 | RtxPro6000, "off") => (0x00, &[(8, 0), (6, 0)]),
+        (B200 | Gb200 | RtxPro6000, "on") => (0x01, &[(8, 1), (6, 0)]),
+        (B200 | Gb200 | RtxPro6000, "devtools") => (0x03, &[(8, 1), (6, 1)]),
+        _ => return None,
     })
 }
 
-/// Every virtual GPU has booted in `mode`, its knobs say so too, and nobody spoke to it against the protocol.
-pub fn registers_say(node: &Node, mode: &str) -> Result<()> {
-    let (word, knobs) = expected(mode)?;
-    for name in node.gpus() {
-        let status = node.device(&name)?;
-        ensure!(
-            status.status_word & MODE_BITS == word,
-            "{name}: status register {:#x}, wanted {word:#x}",
-            status.status_word
-        );
-        for (knob, value) in knobs {
-            ensure!(
-                status.knobs.get(&knob) == Some(&value),
-                "{name}: knob {knob} is {:?}, wanted {value}",
-                status.knobs.get(&knob)
-            );
-        }
-        ensure!(status.stray_count == 0, "{name}: accesses to registers that are none: {:x?}", status.stray);
-        ensure!(status.host_error_count == 0, "{name}: breaches of the protocol: {:?}", status.host_errors);
+/// The bits of a device's status register that say its mode.
+pub fn mode_bits(model: ModelKind) -> u32 {
+    match model {
+        ModelKind::H100 | ModelKind::H200 => 0x23,
+        ModelKind::Ls10 => 0x01,
+        _ => 0x03,
+    }
+}
+
+/// A device's own mode in the node's: switches have protected PCIe alone.
+pub fn own_mode(model: ModelKind, mode: &str) -> &str {
+    if model.is_switch() && mode != "ppcie" { "off" } else { mode }
+}
+
+/// The device booted in this mode of its own, and its knobs say so too.
+///
+/// An error for what is no mode: a node that says `failed` may not pass for one that is off.
+pub fn is_in(name: &str, model: ModelKind, status: &DeviceStatus, own: &str) -> Result<()> {
+    let (bits, knobs) = vector(model, own).with_context(|| format!("{name} has no mode {own:?}"))?;
+    ensure!(
+        status.status_word & mode_bits(model) == bits,
+        "{name}: status register {:#x}, wanted {bits:#x}",
+        status.status_word
+    );
+    for (knob, value) in knobs {
+        // A knob that the firmware does not know is off.
+        let found = status.knobs.get(knob).copied().unwrap_or(0);
+        ensure!(found == *value, "{name}: knob {knob} is {found}, wanted {value}");
     }
     Ok(())
+}
+
+/// Nobody spoke to the device against the protocol.
+pub fn is_untroubled(name: &str, status: &DeviceStatus) -> Result<()> {
+    ensure!(status.stray_count == 0, "{name}: accesses to registers that are none: {:x?}", status.stray);
+    ensure!(status.host_error_count == 0, "{name}: breaches of the protocol: {:?}", status.host_errors);
+    Ok(())
+}
+
+/// The GPUs and NVSwitches of the node's topology that are plugged in, with their models.
+pub fn devices(node: &Node) -> Vec<(&str, ModelKind)> {
+    let specs = node.guest.topology().devices.iter().map(|device| &device.spec);
+    let parts = specs.filter(|spec| spec.model.is_gpu() || spec.model.is_switch());
+    parts.map(|spec| (&*spec.name, spec.model)).filter(|(name, _)| node.guest.bdf(name).is_ok()).collect()
+}
+
+/// Whether a device of this model has no mode, and so is off for ever.
+fn is_always_off(model: ModelKind) -> bool {
+    matches!(model, ModelKind::A100 | ModelKind::Lr10)
+}
+
+/// Every virtual GPU and NVSwitch has booted in its own mode in the node's `mode`, its knobs say so too, and nobody spoke to
+/// it against the protocol.
+pub fn registers_say(node: &Node, mode: &str) -> Result<()> {
+    for (name, model) in devices(node) {
+        let (status, own) = (node.device(name)?, own_mode(model, mode));
+        if !(is_always_off(model) && own == "off") {
+            is_in(name, model, &status, own)?;
+        }
+        is_untroubled(name, &status)?;
+    }
+    Ok(())
+}
+
+/// What the guest's processes did to the registers of devices, or to devices as a whole.
+pub fn touches(events: &[TraceEvent]) -> Vec<&TraceEvent> {
+    let touches = |event: &&TraceEvent| {
+        event.space == Space::Bar0 || matches!(event.kind, Kind::Flr | Kind::BusReset | Kind::Rpc | Kind::PowerOn)
+    };
+    events.iter().filter(touches).collect()
 }
 
 /// Every access to every virtual device since the trace was last cleared; an error if some were not kept.
@@ -103,30 +230,44 @@ pub fn whole_trace(node: &Node) -> Result<Vec<TraceEvent>> {
     Ok(node.trace())
 }
 
-/// At no moment did the node object promise what a device did not keep: whenever the ready state was `"true"` or
-/// `"false"`, every GPU had last booted in the mode that the state label named. Needs the trace of the whole run.
+/// At no moment did the node object promise what a device did not keep: as long as the ready state was `"true"` or
+/// `"false"`, every GPU and NVSwitch had last booted in its own mode in the one that the state label named, and booted in no
+/// other. Needs the trace of the whole run.
 pub fn the_labels_never_lied(node: &Node) -> Result<()> {
     let (now, trace_now, trace) = (Instant::now(), node.guest.fleet().micros(), whole_trace(node)?);
+    let (history, devices) = (node.api.history(NODE), devices(node));
+    let boots: Vec<&TraceEvent> = trace.iter().filter(|event| event.kind == Kind::Ready).collect();
+    let moment = |entry: &HistoryEntry| -> Result<u64> {
+        let age = u64::try_from(now.saturating_duration_since(entry.at).as_micros())?;
+        Ok(trace_now.saturating_sub(age))
+    };
     let mut looked_at = 0;
-    for entry in node.api.history(NODE) {
+    for (index, entry) in history.iter().enumerate() {
         let label = |key: &str| entry.labels.get(key).map(String::as_str).unwrap_or_default();
-        if label(CC_READY_STATE).is_empty() {
+        if label(CC_READY_STATE).is_empty() || entry.deleted {
             continue;
         }
-        let age = u64::try_from(now.saturating_duration_since(entry.at).as_micros())?;
-        let at = trace_now.saturating_sub(age);
-        for name in node.gpus() {
-            let booted = trace
-                .iter()
-                .rfind(|event| event.kind == Kind::Ready && *event.device == name[..] && event.micros <= at);
-            let word = booted.with_context(|| format!("{name} has never booted"))?.value;
-            let wanted = expected(label(CC_MODE_STATE)).with_context(|| format!("{:?}", entry.labels))?.0;
-            ensure!(
-                word & u64::from(MODE_BITS) == u64::from(wanted),
-                "{:?} while {name} runs with {word:#x}",
-                entry.labels
-            );
-            looked_at += 1;
+        let since = moment(entry)?;
+        let until = history.get(index + 1).map(moment).transpose()?.unwrap_or(trace_now);
+        for &(name, model) in &devices {
+            let own = own_mode(model, label(CC_MODE_STATE));
+            if is_always_off(model) && own == "off" {
+                continue;
+            }
+            let (bits, _) = vector(model, own).with_context(|| format!("{name}: {:?}", entry.labels))?;
+            let boots = || boots.iter().filter(|event| *event.device == *name);
+            let latched = boots().rfind(|event| event.micros <= since);
+            let latched = latched.with_context(|| format!("{name} has never booted"))?;
+            let later = boots().filter(|event| since < event.micros && event.micros <= until);
+            for boot in std::iter::once(latched).chain(later) {
+                ensure!(
+                    boot.value & u64::from(mode_bits(model)) == u64::from(bits),
+                    "{:?} while {name} runs with {:#x}",
+                    entry.labels,
+                    boot.value
+                );
+                looked_at += 1;
+            }
         }
     }
     ensure!(looked_at > 0, "the node was never ready");

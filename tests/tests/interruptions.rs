@@ -4,7 +4,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, node, registers_say, the_labels_never_lied, whole_trace};
+use e2e::{
+    CHANGE, PGPU, STEP, await_event, bound_to_vfio, events, gpu_bdfs, node, registers_say, the_labels_never_lied,
+    whole_trace,
+};
 use lab::Node;
 use lab::node::{CC_MODE, CC_MODE_STATE, CC_READY_STATE, NODE};
 use lab_devices::{Fault, Kind};
@@ -41,20 +44,6 @@ fn nothing_is_usable(file: &Value) -> bool {
 
 fn ready(node: &Node) -> Option<String> {
     node.api.labels(NODE).get(CC_READY_STATE).cloned()
-}
-
-/// Waits until the running cc-manager has logged this event more than `seen` times.
-fn await_event(node: &Node, event: &str, seen: usize) -> Result<()> {
-    let deadline = Instant::now() + CHANGE;
-    while node.agent("cc-manager")?.events(event).len() <= seen {
-        ensure!(Instant::now() < deadline, "no event {event}\n{}", node.logs());
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
-}
-
-fn events(node: &Node, event: &str) -> Result<usize> {
-    Ok(node.agent("cc-manager")?.events(event).len())
 }
 
 /// No label ever lied, and no GPU ever booted with developer's tools and without confidential computing.

@@ -4,46 +4,13 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use e2e::{CHANGE, STEP, lab_is_here, node};
+use e2e::{CHANGE, STEP, lab_is_here, node, own_mode, touches, vector};
 use lab::Boot;
 use lab::node::{CC_MODE, NODE};
 use lab_devices::{Fault, Kind, ModelKind, Space, TraceEvent};
 use lab_vm::{Command, Guest, Kernel, Process};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-
-/// The status register's bits, and the knobs that a mode fixes.
-type Vector = (u32, &'static [(u16, u16)]);
-
-/// What a device of this model is in a mode of its own (gpu-cc-protocol sections 3 and 6.1).
-fn vector(model: ModelKind, mode: &str) -> Option<Vector> {
-    use ModelKind::{B200, Gb200, H100, H200, Ls10, RtxPro6000};
-    Some(match (model, mode) {
-        (H100 | H200 | Ls10, "off") => (0x00, &[(45, 0), (10, 0), (8, 0), (6, 0)]),
-        (H100 | H200, "on") => (0x01, &[(45, 0), (10, 2), (8, 1), (6, 0), (2, 0), (4, 0), (34, 0)]),
-        (H100 | H200, "devtools") => (0x03, &[(45, 0), (10, 0), (8, 1), (6, 1), (2, 0), (4, 0), (34, 0)]),
-        (H100 | H200, "ppcie") => (0x20, &[(45, 1), (10, 2), (8, 0), (6, 0), (2, 0), (4, 0), (34, 0)]),
-        (Ls10, "ppcie") => (0x01, &[(45, 1), (10, 0), (8, 0), (6, 0), (2, 0), (4, 0), (34, 0)]),
-        (B200 | Gb200 | RtxPro6000, "off") => (0x00, &[(8, 0), (6, 0)]),
-        (B200 | Gb200 | RtxPro6000, "on") => (0x01, &[(8, 1), (6, 0)]),
-        (B200 | Gb200 | RtxPro6000, "devtools") => (0x03, &[(8, 1), (6, 1)]),
-        _ => return None,
-    })
-}
-
-/// The bits of a device's status register that say its mode.
-fn mask(model: ModelKind) -> u32 {
-    match model {
-        ModelKind::H100 | ModelKind::H200 => 0x23,
-        ModelKind::Ls10 => 0x01,
-        _ => 0x03,
-    }
-}
-
-/// A device's own mode in the node's: switches have protected PCIe alone.
-fn own_mode(model: ModelKind, mode: &str) -> &str {
-    if model.is_switch() && mode != "ppcie" { "off" } else { mode }
-}
 
 /// A booted node.
 struct Bench {
@@ -128,23 +95,12 @@ impl Bench {
 
     /// The device booted in this mode of its own, its knobs say so too, and nobody spoke to it against the protocol.
     fn is_in(&self, name: &str, own: &str) -> Result<()> {
-        let (model, _) = self.devices[name];
-        let (bits, knobs) = vector(model, own).with_context(|| format!("{name} has no mode {own}"))?;
-        let status = self.guest.fleet().status(name)?;
-        ensure!(status.status_word & mask(model) == bits, "{name}: status {:#x}, wanted {bits:#x}", status.status_word);
-        for (knob, value) in knobs {
-            // A knob that the firmware does not know is off.
-            let found = status.knobs.get(knob).copied().unwrap_or(0);
-            ensure!(found == *value, "{name}: knob {knob} is {found}, wanted {value}");
-        }
+        e2e::is_in(name, self.devices[name].0, &self.guest.fleet().status(name)?, own)?;
         self.is_untroubled(name)
     }
 
     fn is_untroubled(&self, name: &str) -> Result<()> {
-        let status = self.guest.fleet().status(name)?;
-        ensure!(status.stray_count == 0, "{name}: accesses to registers that are none: {:x?}", status.stray);
-        ensure!(status.host_error_count == 0, "{name}: breaches of the protocol: {:?}", status.host_errors);
-        Ok(())
+        e2e::is_untroubled(name, &self.guest.fleet().status(name)?)
     }
 
     /// Goes through the modes one after the other, and asks for each twice: every device is in it then, was reset once if
@@ -187,14 +143,6 @@ impl Bench {
         }
         Ok(())
     }
-}
-
-/// What the guest's processes did to the registers of devices, or to devices as a whole.
-fn touches(events: &[TraceEvent]) -> Vec<&TraceEvent> {
-    let touches = |event: &&TraceEvent| {
-        event.space == Space::Bar0 || matches!(event.kind, Kind::Flr | Kind::BusReset | Kind::Rpc | Kind::PowerOn)
-    };
-    events.iter().filter(touches).collect()
 }
 
 /// Every mode of a topology, driverless and bound, in one boot each.

@@ -1,13 +1,13 @@
 //! What cc-manager does around a change: the operator's components, and GPUs that come back from a user.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, STEP, node, registers_say};
+use e2e::{CHANGE, STEP, await_that, cc_status, node, registers_say, touched};
 use lab::Node;
 use lab::node::{CC_MODE, CC_READY_STATE, NAMESPACE, NODE};
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 
 const PAUSED: &str = "paused-for-cc-mode-change";
 
@@ -27,25 +27,6 @@ fn run_pod(node: &Node, key: &str, name: &str) -> Result<()> {
     node.api.create("pods", pod).map(drop).with_context(|| format!("pod {name}"))
 }
 
-fn status(node: &Node) -> Value {
-    let text = node.api.annotations(NODE).remove("ccnode.dev/cc-status").unwrap_or_default();
-    serde_json::from_str(&text).unwrap_or_default()
-}
-
-fn wait(what: &str, node: &Node, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + CHANGE;
-    while !done()? {
-        ensure!(Instant::now() < deadline, "not in time: {what}; {:?}\n{}", node.api.labels(NODE), node.logs());
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
-}
-
-/// How often each GPU was reset, and how many requests its firmware took.
-fn touched(node: &Node) -> Result<Vec<(u64, u64)>> {
-    node.gpus().iter().map(|name| node.device(name).map(|device| (device.flrs, device.rpcs))).collect()
-}
-
 #[test]
 fn components_are_paused_in_one_patch_and_awaited_before_a_gpu_is_touched() -> Result<()> {
     let mut labels = vec![(CC_MODE, "off")];
@@ -61,7 +42,7 @@ fn components_are_paused_in_one_patch_and_awaited_before_a_gpu_is_touched() -> R
     node.ask_for("on")?;
     // What a DaemonSet's controller does when its node selector does not match any more, slowly.
     for (label, _, name) in COMPONENTS {
-        wait(label, &node, || Ok(node.api.labels(NODE).get(label).is_some_and(|value| value == PAUSED)))?;
+        await_that(label, &node, || Ok(node.api.labels(NODE).get(label).is_some_and(|value| value == PAUSED)))?;
         ensure!(node.api.labels(NODE).get(CC_READY_STATE).is_some_and(String::is_empty), "the gate is shut");
         std::thread::sleep(Duration::from_millis(300));
         ensure!(touched(&node)? == before, "a GPU was touched while {name} was running\n{}", node.logs());
@@ -78,11 +59,11 @@ fn components_are_paused_in_one_patch_and_awaited_before_a_gpu_is_touched() -> R
     let (label, key, name) = COMPONENTS[0];
     run_pod(&node, key, name)?;
     node.ask_for("off")?;
-    wait(label, &node, || Ok(node.api.labels(NODE).get(label).is_some_and(|value| value == PAUSED)))?;
+    await_that(label, &node, || Ok(node.api.labels(NODE).get(label).is_some_and(|value| value == PAUSED)))?;
     node.stop_agent("cc-manager", Signal::SIGKILL)?;
     node.ask_for("on")?;
     node.start_cc_manager()?;
-    wait("put back", &node, || Ok(node.api.labels(NODE).get(label).is_some_and(|value| value == "true")))?;
+    await_that("put back", &node, || Ok(node.api.labels(NODE).get(label).is_some_and(|value| value == "true")))?;
     node.await_state("on", "true", CHANGE)?;
     registers_say(&node, "on")
 }
@@ -126,12 +107,12 @@ fn a_gpu_that_its_user_has_changed_is_repaired_when_it_is_let_go() -> Result<()>
     holder(&node, "held")?;
     // A change is refused while it is in use: nothing is withdrawn, and the holder is named.
     node.ask_for("off")?;
-    wait("refused", &node, || Ok(status(&node)["error"]["code"] == "InUse"))?;
-    let error = status(&node)["error"]["message"].as_str().unwrap_or_default().to_owned();
+    await_that("refused", &node, || Ok(cc_status(&node)["error"]["code"] == "InUse"))?;
+    let error = cc_status(&node)["error"]["message"].as_str().unwrap_or_default().to_owned();
     ensure!(error.contains(&bdf) && error.contains("pid"), "{error}");
     ensure!(node.api.labels(NODE).get(CC_READY_STATE).is_some_and(|ready| ready == "true"), "nothing is withdrawn");
     node.ask_for("on")?;
-    wait("well again", &node, || Ok(status(&node)["result"] == "applied"))?;
+    await_that("well again", &node, || Ok(cc_status(&node)["result"] == "applied"))?;
 
     node.guest.shell("echo > /tmp/go", STEP)?;
     holder(&node, "tampered")?;
@@ -139,7 +120,7 @@ fn a_gpu_that_its_user_has_changed_is_repaired_when_it_is_let_go() -> Result<()>
     let flrs = node.device("gpu0")?.flrs;
     node.guest.shell("echo > /tmp/go", STEP)?;
     holder(&node, "released")?;
-    wait("repaired", &node, || Ok(knob(&node, "gpu0")? == Some(1) && node.device("gpu0")?.status_word & 3 == 1))?;
+    await_that("repaired", &node, || Ok(knob(&node, "gpu0")? == Some(1) && node.device("gpu0")?.status_word & 3 == 1))?;
     node.await_state("on", "true", CHANGE)?;
     let log = node.logs();
     ensure!(log.contains(r#""event":"drift""#), "{log}");
