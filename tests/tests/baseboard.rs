@@ -1,12 +1,18 @@
 //! A whole HGX H100 baseboard: eight GPUs change together, in the time of one.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use e2e::{CHANGE, PGPU, STEP, exchanges, gpu_bdfs, node_with, registers_say, the_labels_never_lied, whole_trace};
-use lab::Boot;
-use lab::node::CC_MODE;
-use lab_devices::Kind;
+use anyhow::{Context, Result, ensure};
+use e2e::{
+    CHANGE, PGPU, STEP, await_that, cc_status, devices, exchanges, gpu_bdfs, is_in, node_with, own_mode, registers_say,
+    the_labels_never_lied, touched, touches, whole_trace,
+};
+use lab::node::{CC_MODE, CC_READY_STATE, NODE};
+use lab::{Boot, Node};
+use lab_devices::{DeviceSpec, Fault, Kind, ModelKind};
+use lab_vm::topology::{Device, Place};
+use serde_json::Value;
 
 #[test]
 fn eight_gpus_are_reset_in_parallel_and_offered_with_their_numa_nodes() -> Result<()> {
@@ -68,5 +74,123 @@ fn eight_gpus_are_reset_in_parallel_and_offered_with_their_numa_nodes() -> Resul
     };
     let nodes: std::collections::BTreeSet<Option<u64>> = plugged.iter().map(|bdf| numa_of(bdf)).collect();
     assert_eq!(nodes.len(), 1, "{plugged:?} are on {nodes:?}");
+    Ok(())
+}
+
+/// Devices that boot quickly.
+fn quick(boot: &mut Boot) {
+    for device in &mut boot.topology.devices {
+        device.spec.boot = Duration::from_millis(200);
+    }
+}
+
+/// By how many resets each device is ahead of `before`.
+fn resets_since(node: &Node, before: &[(u64, u64)]) -> Result<Vec<u64>> {
+    Ok(touched(node)?.iter().zip(before).map(|((now, _), (before, _))| now - before).collect())
+}
+
+/// What the agents may offer, by `devices.json`: these devices and no other.
+fn usable(node: &Node) -> Result<BTreeSet<String>> {
+    let file: Value = serde_json::from_slice(&node.guest.get_file("/run/nvidia/ccnode/devices.json")?)?;
+    let records = file["devices"].as_array().context("no devices")?.iter();
+    let usable = records.filter(|record| record["usable"] == true);
+    Ok(usable.filter_map(|record| record["bdf"].as_str().map(ToOwned::to_owned)).collect())
+}
+
+/// The node is `failed`, and says so of this device alone.
+fn is_failed_for(node: &Node, name: &str, wanted: &str) -> Result<()> {
+    let bdf = node.guest.bdf(name)?;
+    let of_it = || {
+        let status = cc_status(node);
+        let said = status["error"]["message"].as_str().unwrap_or_default();
+        let others = devices(node).into_iter().filter_map(|(other, _)| node.guest.bdf(other).ok());
+        let named: Vec<String> = others.filter(|bdf| said.contains(bdf)).collect();
+        status["wanted"] == wanted && status["result"] == "failed" && named == [bdf.clone()]
+    };
+    await_that("failed for it alone", node, || Ok(of_it())).with_context(|| format!("{:#}", cc_status(node)))?;
+    node.await_state("failed", "", CHANGE)
+}
+
+#[test]
+fn gpus_and_switches_go_into_protected_pcie_and_back_and_a_broken_gpu_keeps_them_out() -> Result<()> {
+    let Some(mut node) = node_with("hgx-h100", &[(CC_MODE, "on")], quick)? else { return Ok(()) };
+    node.start_vfio_manager()?;
+    node.start_cc_manager()?;
+    node.await_state("on", "true", CHANGE)?;
+    registers_say(&node, "on")?;
+    for (mode, ready) in [("off", "false"), ("ppcie", "true"), ("off", "false")] {
+        let before = touched(&node)?;
+        let is_to_change =
+            |name: &str, model| Ok(is_in(name, model, &node.device(name)?, own_mode(model, mode)).is_err());
+        let changed: Vec<u64> = devices(&node)
+            .into_iter()
+            .map(|(name, model)| is_to_change(name, model).map(u64::from))
+            .collect::<Result<_>>()?;
+        node.ask_for(mode)?;
+        node.await_state(mode, ready, CHANGE)?;
+        registers_say(&node, mode).with_context(|| node.logs())?;
+        assert_eq!(resets_since(&node, &before)?, changed, "{mode}: one reset of each device that changes");
+        assert_eq!(usable(&node)?.len(), 12, "{mode}");
+    }
+
+    // One of them does not answer: the mode of all is not reached, and off is each device's own.
+    let broken = node.guest.bdf("gpu5")?;
+    node.guest.fleet().set_fault("gpu5", Fault::FspNoReply)?;
+    node.ask_for("ppcie")?;
+    is_failed_for(&node, "gpu5", "ppcie")?;
+    ensure!(!usable(&node)?.contains(&broken));
+    node.ask_for("off")?;
+    is_failed_for(&node, "gpu5", "off")?;
+    for (name, model) in devices(&node).into_iter().filter(|(name, _)| *name != "gpu5") {
+        is_in(name, model, &node.device(name)?, "off")?;
+        ensure!(usable(&node)?.contains(&node.guest.bdf(name)?), "{name} is as good as before");
+    }
+    ensure!(!usable(&node)?.contains(&broken));
+    node.guest.fleet().clear_faults("gpu5")?;
+    node.await_state("off", "false", CHANGE)?;
+    registers_say(&node, "off")?;
+    assert_eq!(usable(&node)?.len(), 12);
+    the_labels_never_lied(&node)
+}
+
+#[test]
+fn a_blackwell_board_goes_on_and_off_and_a_gpu_that_can_only_be_off_is_named() -> Result<()> {
+    // An A100 lies ready to be put into the place of another GPU.
+    let with_spare = |boot: &mut Boot| {
+        quick(boot);
+        let spec = DeviceSpec::new("spare", ModelKind::A100);
+        boot.topology.devices.push(Device { spec, place: Place::RootPort { numa: Some(1) }, absent: true });
+    };
+    let Some(mut node) = node_with("b200x8", &[(CC_MODE, "on")], with_spare)? else { return Ok(()) };
+    node.start_vfio_manager()?;
+    let settings = [("CCNODE_RESYNC", "1s"), ("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RETRY_MAX", "2s")];
+    node.start_agent(&["cc-manager"], &settings)?;
+    for (mode, ready) in [("on", "true"), ("off", "false")] {
+        let before = touched(&node)?;
+        node.ask_for(mode)?;
+        node.await_state(mode, ready, CHANGE)?;
+        registers_say(&node, mode).with_context(|| node.logs())?;
+        assert_eq!(resets_since(&node, &before)?, [1; 8], "{mode}: one reset each");
+        assert_eq!(usable(&node)?, gpu_bdfs(&node)?, "{mode}");
+    }
+    the_labels_never_lied(&node)?;
+
+    node.guest.unplug("gpu7", STEP)?;
+    node.guest.plug("spare")?;
+    await_that("eight again", &node, || Ok(cc_status(&node)["devices"].as_array().is_some_and(|all| all.len() == 8)))?;
+    node.await_state("off", "false", CHANGE)?;
+    let old = node.guest.bdf("spare")?;
+    await_that("offered", &node, || Ok(usable(&node)?.len() == 8 && usable(&node)?.contains(&old)))?;
+    node.guest.fleet().clear_trace();
+    node.ask_for("on")?;
+    is_failed_for(&node, "spare", "on")?;
+    assert_eq!(usable(&node)?, BTreeSet::new());
+    let trace = whole_trace(&node)?;
+    ensure!(touches(&trace).is_empty(), "on is of all or none: {:?}", touches(&trace));
+    node.ask_for("off")?;
+    node.await_state("off", "false", CHANGE)?;
+    registers_say(&node, "off")?;
+    assert_eq!(usable(&node)?.len(), 8);
+    assert_eq!(node.api.labels(NODE)[CC_READY_STATE], "false");
     Ok(())
 }
