@@ -1,0 +1,168 @@
+//! cc-manager on a node that is right: restarts and looks touch nothing, write nothing and cost little memory.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use e2e::{
+    CHANGE, STEP, WITH_METRICS, await_rounds, await_that, cc_status, exchanges, hold_group, node, registers_say,
+    release, the_labels_never_lied, touched, touches, whole_trace,
+};
+use lab::Node;
+use lab::node::{CC_MODE, NODE};
+use lab_devices::{Kind, Space, TraceEvent};
+use nix::sys::signal::Signal;
+
+const RESTARTS: usize = 50;
+const ROUNDS: u64 = 1000;
+const ATTEMPTS: u64 = 100;
+
+/// No VFIO device was opened, and nobody came near a device.
+///
+/// Whoever opens a VFIO device resets it ([virtual-gpu-rig] section 6), so a trace without resets is one without opening.
+fn nothing_is_touched(node: &Node, what: &str) -> Result<()> {
+    let trace = whole_trace(node)?;
+    let touches = touches(&trace);
+    ensure!(touches.is_empty(), "{what}: {touches:?}\n{}", node.logs());
+    Ok(())
+}
+
+/// The files of VFIO that a process has open.
+fn vfio_files(node: &Node) -> Result<String> {
+    let pid = node.agent("cc-manager")?.process.pid();
+    let links = node.guest.shell(&format!("ls -l /proc/{pid}/fd"), STEP)?.text();
+    Ok(links.lines().filter(|line| line.contains("vfio")).collect())
+}
+
+/// Fifty restarts, and a thousand looks at what is there, one every few milliseconds.
+fn restarts_and_looks(node: &mut Node, what: &str) -> Result<()> {
+    let begun = Instant::now();
+    let version = node.api.resource_version();
+    node.api.clear_requests();
+    node.guest.fleet().clear_trace();
+    for restart in 0..RESTARTS {
+        node.start_cc_manager()?;
+        let attempted = node.agent("cc-manager")?.process.wait_output(STEP, |text| text.contains("readiness_file"));
+        attempted.with_context(|| node.logs())?;
+        let signal = if restart % 2 == 0 { Signal::SIGKILL } else { Signal::SIGTERM };
+        node.stop_agent("cc-manager", signal)?;
+    }
+    nothing_is_touched(node, &format!("{RESTARTS} restarts, {what}"))?;
+    println!("{what}: {RESTARTS} restarts in {:?}", begun.elapsed());
+    let begun = Instant::now();
+    node.start_agent(&["cc-manager"], &[("CCNODE_RESYNC", "1ms"), WITH_METRICS])?;
+    node.agent("cc-manager")?.process.wait_output(STEP, |text| text.contains("readiness_file"))?;
+    for _ in 0..4 {
+        await_rounds(node, ROUNDS / 4)?;
+        ensure!(vfio_files(node)?.is_empty(), "{what}: {}", vfio_files(node)?);
+    }
+    nothing_is_touched(node, &format!("{ROUNDS} looks, {what}"))?;
+    println!("{what}: {ROUNDS} looks in {:?}", begun.elapsed());
+    assert_eq!(node.api.resource_version(), version, "{what}: the node object was written\n{}", node.logs());
+    assert_eq!(node.api.count("patch", "nodes"), 0, "{what}: a patch was sent in vain");
+    node.stop_agent("cc-manager", Signal::SIGTERM)
+}
+
+/// The accesses to a GPU's registers, without the firmware's mailbox, and its exchanges with the firmware.
+fn one_look(trace: &[TraceEvent], name: &str) -> Result<()> {
+    let said = exchanges(trace, name);
+    ensure!(!said.is_empty() && said.iter().all(|word| word.contains("020C->")), "{name}: {said:?}");
+    let distinct: BTreeSet<&String> = said.iter().collect();
+    ensure!(distinct.len() == said.len(), "{name} was asked twice: {said:?}");
+    let own = || trace.iter().filter(|event| *event.device == *name);
+    ensure!(own().any(|event| event.space == Space::Bar0 && event.kind == Kind::Read), "{name} was not read");
+    ensure!(!own().any(|event| matches!(event.kind, Kind::Flr | Kind::BusReset | Kind::PowerOn)), "{name} was reset");
+    Ok(())
+}
+
+/// A node whose GPUs are on vfio-pci and have been verified once.
+fn settled() -> Result<Option<Node>> {
+    let Some(mut node) = node("h100x2", &[(CC_MODE, "off")])? else { return Ok(None) };
+    node.start_vfio_manager()?;
+    node.agent("vfio-manager")?.process.wait_output(STEP, |text| text.matches("device_bound").count() == 2)?;
+    node.guest.fleet().clear_trace();
+    node.start_cc_manager()?;
+    node.await_state("off", "false", CHANGE)?;
+    node.stop_agent("cc-manager", Signal::SIGTERM)?;
+    Ok(Some(node))
+}
+
+#[test]
+fn a_node_at_rest_is_touched_once_a_boot_whatever_the_restarts_and_looks() -> Result<()> {
+    let Some(mut node) = settled()? else { return Ok(()) };
+    // The one verification of each device in this boot: owned, by the group's file and the registers, without opening it.
+    let trace = whole_trace(&node)?;
+    for name in node.gpus() {
+        one_look(&trace, &name)?;
+    }
+    let before = touched(&node)?;
+    restarts_and_looks(&mut node, "idle")?;
+    assert_eq!(touched(&node)?, before);
+    registers_say(&node, "off")
+}
+
+#[test]
+fn a_held_node_is_not_touched_whatever_the_restarts_looks_and_attempts() -> Result<()> {
+    let Some(mut node) = settled()? else { return Ok(()) };
+    let before = touched(&node)?;
+    hold_group(&mut node, "gpu1")?;
+    restarts_and_looks(&mut node, "held")?;
+
+    // Attempts at what cannot be done: the holder is asked for, not the device.
+    node.start_agent(&["cc-manager"], &[("CCNODE_RETRY_MIN", "1ms"), ("CCNODE_RETRY_MAX", "1ms"), WITH_METRICS])?;
+    node.agent("cc-manager")?.process.wait_output(STEP, |text| text.contains("readiness_file"))?;
+    node.ask_for("on")?;
+    await_that("refused", &node, || Ok(cc_status(&node)["error"]["code"] == "InUse"))?;
+    await_rounds(&node, 1)?;
+    node.api.clear_requests();
+    await_rounds(&node, ATTEMPTS)?;
+    nothing_is_touched(&node, "refused")?;
+    assert_eq!((touched(&node)?, node.api.count("patch", "nodes")), (before, 0), "{}", node.logs());
+    registers_say(&node, "off")?;
+    node.await_state("off", "false", STEP)?;
+    release(&node)?;
+    node.await_state("on", "true", CHANGE)?;
+    registers_say(&node, "on")
+}
+
+/// A figure of `/proc/PID/status`, in KiB.
+fn memory(node: &Node, field: &str) -> Result<u64> {
+    let pid = node.agent("cc-manager")?.process.pid();
+    let status = String::from_utf8(node.guest.get_file(&format!("/proc/{pid}/status"))?)?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let text = line.with_context(|| format!("no {field} in\n{status}"))?;
+    text.trim().trim_end_matches(" kB").parse().context("no number")
+}
+
+/// The most that cc-manager may take after a change and some hundred looks, in KiB, in the build that scenarios use: half as
+/// much again as was measured.
+const MOST: [(&str, u64); 2] = [("RssAnon", 5376), ("VmRSS", 24576)];
+
+#[test]
+fn a_change_and_some_hundred_looks_leave_little_in_memory() -> Result<()> {
+    let Some(mut node) = node("h100x2", &[(CC_MODE, "off")])? else { return Ok(()) };
+    node.start_agent(&["cc-manager"], &[("CCNODE_RESYNC", "10ms"), ("CCNODE_HOLD_DOWN", "1ms"), WITH_METRICS])?;
+    node.await_state("off", "false", CHANGE)?;
+    for (mode, ready) in [("on", "true"), ("off", "false"), ("on", "true")] {
+        node.ask_for(mode)?;
+        node.await_state(mode, ready, CHANGE)?;
+    }
+    await_rounds(&node, 200)?;
+    // Threads that did the firmware's work end after a while.
+    std::thread::sleep(Duration::from_secs(12));
+    for (field, most) in MOST {
+        let found = memory(&node, field)?;
+        println!("{field} {found} KiB");
+        ensure!(found <= most, "{field} is {found} KiB, more than {most}");
+    }
+    // It does not grow with the looks.
+    let before = memory(&node, "RssAnon")?;
+    await_rounds(&node, 200)?;
+    let after = memory(&node, "RssAnon")?;
+    println!("RssAnon {after} KiB after 200 more looks");
+    ensure!(after < before + 256, "{before} KiB became {after} KiB");
+    registers_say(&node, "on")?;
+    the_labels_never_lied(&node)?;
+    assert_eq!(node.api.labels(NODE).get(CC_MODE).map(String::as_str), Some("on"));
+    Ok(())
+}
