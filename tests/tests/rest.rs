@@ -19,7 +19,7 @@ const ATTEMPTS: u64 = 100;
 
 /// No VFIO device was opened, and nobody came near a device.
 ///
-/// Whoever opens a VFIO device resets it ([virtual-gpu-rig] section 6), so a trace without resets is one without opening.
+/// Whoever opens a VFIO device resets it (virtual-gpu-rig section 6), so a trace without resets is one without opening.
 fn nothing_is_touched(node: &Node, what: &str) -> Result<()> {
     let trace = whole_trace(node)?;
     let touches = touches(&trace);
