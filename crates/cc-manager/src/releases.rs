@@ -62,8 +62,7 @@ impl Releases {
                     State::Idle(*awake_ms)
                 }
                 (State::HeldAsleep(before), true) => State::HeldAsleep(before.or(*awake_ms)),
-                (State::Idle(_), true) => State::Idle(*awake_ms),
-                (State::Unclear, true) => State::Idle(*awake_ms),
+                (State::Idle(_) | State::Unclear, true) => State::Idle(*awake_ms),
                 (State::Unclear, false) => State::Unclear,
                 (State::Idle(_) | State::InUse | State::HeldAsleep(_), false) => State::InUse,
             };
@@ -88,9 +87,11 @@ impl Releases {
         self.states.get(&bdf) == Some(&State::InUse)
     }
 
-    /// The device was found in use.
-    pub(crate) fn found_in_use(&mut self, bdf: Bdf) {
-        self.states.insert(bdf, State::InUse);
+    /// The device was found in use, and suspended at that moment or not. If it was, and has not been seen awake before, its
+    /// being suspended says nothing of its release until it is.
+    pub(crate) fn found_in_use(&mut self, bdf: Bdf, suspended: bool) {
+        let seen_awake = self.is_in_use(bdf);
+        self.states.insert(bdf, if suspended && !seen_awake { State::HeldAsleep(None) } else { State::InUse });
     }
 
     /// We have woken the device ourselves.
@@ -122,9 +123,14 @@ mod tests {
         releases.touched(bdf);
         assert_eq!(see(&mut releases, "aaassas"), "......!");
         releases.touched(bdf);
-        releases.found_in_use(bdf);
+        releases.found_in_use(bdf, false);
         assert!(releases.any_awake() && releases.in_use().eq([bdf]));
         assert_eq!(see(&mut releases, "as"), ".!", "found in use after all");
+        releases.found_in_use(bdf, true);
+        assert_eq!(see(&mut releases, "sssas"), "....!", "held without being open, and then opened");
+        assert_eq!(see(&mut releases, "a"), ".");
+        releases.found_in_use(bdf, true);
+        assert_eq!(see(&mut releases, "s"), "!", "let go just after it was found in use");
     }
 
     #[test]
@@ -136,6 +142,8 @@ mod tests {
         assert_eq!([0, 0, 700, 700].map(|awake| see(&mut releases, awake)), [false, false, true, false]);
         releases.touched(bdf);
         assert_eq!([900, 900, 901].map(|awake| see(&mut releases, awake)), [false, false, true], "ours is none");
+        releases.found_in_use(bdf, true);
+        assert_eq!([901, 901, 999, 999].map(|awake| see(&mut releases, awake)), [false, false, true, false]);
     }
 
     #[test]

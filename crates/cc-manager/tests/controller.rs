@@ -412,6 +412,7 @@ async fn an_interrupted_transition_is_done_again() {
     assert!(world.file().unwrap().transition.is_some());
     assert_eq!(world.state(), (Some("on".to_owned()), Some(String::new())), "no claim while nobody knows");
     world.firmware.hold(false);
+    until("its thread is over", || world.firmware.modes.lock().unwrap().values().eq([&Mode::Off])).await;
 
     // Even back to the old mode: what was verified before the transition counts no more.
     world.api.set_label(labels::CC_MODE, Some("on"));

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::ensure;
-use node_object::{Eviction, Pod};
+use node_object::{Eviction, NodeError, Pod};
 
 use crate::{FAILED, SUCCESS, agents, cluster, printable, table};
 
@@ -33,7 +33,7 @@ pub fn run(args: &DrainArgs, out: &mut impl Write, notes: &mut impl Write) -> an
     let DrainArgs { node, yes, grace_period, kubeconfig } = args;
     ensure!(agents::is_name(node), "{node:?} is no name of a node");
     let runtime = cluster::runtime()?;
-    let line = |error: node_object::NodeError| anyhow::anyhow!("{}", printable(&error.line()));
+    let line = |error: NodeError| anyhow::anyhow!("{}", printable(&told(&error)));
     let client = runtime.block_on(cluster::client(node, kubeconfig.as_deref())).map_err(line)?;
     // Of a node that does not exist there would be no pods.
     runtime.block_on(client.get()).map_err(line)?;
@@ -62,7 +62,7 @@ pub fn run(args: &DrainArgs, out: &mut impl Write, notes: &mut impl Write) -> an
             }
             Some(Err(error)) => {
                 left += 1;
-                format!("not evicted: {}", error.line())
+                format!("not evicted: {}", told(&error))
             }
             None => {
                 left += 1;
@@ -73,6 +73,16 @@ pub fn run(args: &DrainArgs, out: &mut impl Write, notes: &mut impl Write) -> an
         out.flush()?;
     }
     Ok(if left > 0 { FAILED } else { SUCCESS })
+}
+
+/// An error with the cure for a person's rights rather than an agent's.
+fn told(error: &NodeError) -> String {
+    match error {
+        NodeError::Forbidden { node, verb, .. } => format!(
+            "The API server forbids you to {verb} node {node}; your role needs list on nodes and pods, and create on pods/eviction"
+        ),
+        error => error.line(),
+    }
 }
 
 fn list(pods: &[Pod]) -> String {

@@ -110,8 +110,8 @@ fn what_cannot_be_done_is_told() {
     bench.api.set_rules(&bench.token, vec![Rule::new("", &["nodes", "pods"], &["get", "list"])]);
     let (code, out, _) = bench.run(&[NODE, "--yes"]);
     assert_eq!((code, out.matches("not evicted: ").count()), (1, 2), "{out}");
-    assert!(out.contains("forbids us to evict a pod of node gpu-7"), "{out}");
+    assert!(out.contains("forbids you to evict a pod of node gpu-7; your role needs"), "{out}");
     bench.api.set_rules(&bench.token, vec![Rule::new("", &["nodes"], &["get", "list"])]);
     let (code, _, notes) = bench.run(&[NODE]);
-    assert_eq!((code, notes.contains("forbids us to list the pods of node gpu-7")), (2, true), "{notes}");
+    assert_eq!((code, notes.contains("forbids you to list the pods of node gpu-7")), (2, true), "{notes}");
 }

@@ -266,6 +266,7 @@ fn completions_and_the_manual_name_every_command() {
         "ccnode\\-doctor",
         "ccnode\\-status",
         "ccnode\\-cleanup",
+        "ccnode\\-drain\\-holders",
         "\\-\\-explain",
         "\\-\\-watch",
     ] {

@@ -79,6 +79,12 @@ impl<F: Firmware> Controller<F> {
         self.memory.next_round = now;
     }
 
+    /// Whether a device is suspended, as far as the kernel says.
+    pub(super) fn is_suspended(&self, bdf: Bdf) -> bool {
+        let status = std::fs::read_to_string(self.root.function(bdf).join("power/runtime_status"));
+        status.is_ok_and(|status| status.trim_end() == "suspended")
+    }
+
     /// A device is in use, or we have just had it.
     pub(super) fn look_at_power_soon(&mut self) {
         self.memory.next_poll = self.memory.next_poll.min(Instant::now() + self.settings.release_poll);

@@ -81,7 +81,7 @@ impl<F: Firmware> Controller<F> {
             Some(Ok(Some(results))) if known.is_some() => self.tell_drift(known, devices, &results),
             Some(Err(faults)) if faults.iter().all(|fault| fault.busy) && before.standing == Some(mode) => {
                 for fault in &faults {
-                    self.memory.releases.found_in_use(fault.bdf);
+                    self.memory.releases.found_in_use(fault.bdf, self.is_suspended(fault.bdf));
                 }
                 return self.rest_until_released(mode, state, &before);
             }
@@ -351,8 +351,15 @@ impl<F: Firmware> Controller<F> {
         state: &StateDir,
         before: Before,
     ) -> Round {
-        self.memory.awaited = faults.iter().filter(|fault| fault.busy).map(|fault| fault.bdf).collect();
-        self.memory.awaited.iter().for_each(|bdf| self.memory.releases.found_in_use(*bdf));
+        // Of one that is held asleep nothing will tell the release: it is tried again after the delay.
+        self.memory.awaited.clear();
+        for DeviceFault { bdf, .. } in faults.iter().filter(|fault| fault.busy) {
+            let asleep = self.is_suspended(*bdf);
+            self.memory.releases.found_in_use(*bdf, asleep);
+            if !asleep {
+                self.memory.awaited.push(*bdf);
+            }
+        }
         self.look_at_power_soon();
         let Before { standing, mut records } = before;
         plan::note_faults(&mut records, faults);
