@@ -224,7 +224,7 @@ pub(crate) fn records(
 ) -> Vec<DeviceRecord> {
     // A transition that was begun and not ended says nothing of any device.
     let known = known.filter(|known| known.transition.is_none());
-    NodePlan::of(inventory, mode.unwrap_or(Mode::Off))
+    let mut records: Vec<DeviceRecord> = NodePlan::of(inventory, mode.unwrap_or(Mode::Off))
         .devices
         .iter()
         .map(|device| {
@@ -248,7 +248,18 @@ pub(crate) fn records(
             }
             record
         })
-        .collect()
+        .collect();
+    all_or_none(mode, &mut records);
+    records
+}
+
+/// Protected PCIe is one thing of all devices: while one is not in it, none may be offered.
+pub(crate) fn all_or_none(mode: Option<Mode>, records: &mut [DeviceRecord]) {
+    if mode == Some(Mode::Ppcie) && records.iter().any(|record| !record.usable) {
+        for record in records {
+            record.usable = false;
+        }
+    }
 }
 
 /// The records of devices of which nothing new is known, when none may be offered.
@@ -666,5 +677,21 @@ mod tests {
         assert_eq!(plan(&both, Mode::Off, Some(&known)), Action::Settled { refused: vec![] });
         let settled = records(&both, Some(Mode::Off), Some(&known), &[]);
         assert!(settled.iter().all(|record| record.usable && record.error.is_none()));
+    }
+
+    #[test]
+    fn protected_pcie_is_offered_whole_or_not_at_all() {
+        let both = inventory(&[(A, H100), (B, H100)]);
+        let usable = |mode, broken: bool| {
+            let mut records = verified(&both, "ppcie").devices;
+            if broken {
+                records[1].usable = false;
+            }
+            all_or_none(mode, &mut records);
+            records.iter().map(|record| record.usable).collect::<Vec<_>>()
+        };
+        assert_eq!(usable(Some(Mode::Ppcie), false), [true, true]);
+        assert_eq!(usable(Some(Mode::Ppcie), true), [false, false]);
+        assert_eq!(usable(Some(Mode::On), true), [true, false], "the others are as good as before");
     }
 }

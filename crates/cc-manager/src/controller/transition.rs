@@ -76,6 +76,7 @@ impl<F: Firmware> Controller<F> {
                 let mut records = plan::records(inventory, Some(mode), known, devices);
                 plan::apply_faults(&mut records, refused);
                 plan::apply_results(&mut records, &results);
+                plan::all_or_none(Some(mode), &mut records);
                 return self.found_right(mode, refused, state, records);
             }
             Some(Ok(Some(results))) if known.is_some() => self.tell_drift(known, devices, &results),
@@ -214,6 +215,7 @@ impl<F: Firmware> Controller<F> {
             Ok(results) => {
                 self.memory.last_reset = Some(Instant::now());
                 plan::apply_results(&mut records, &results);
+                plan::all_or_none(Some(mode), &mut records);
                 let failed = results.iter().filter_map(|result| result.result.as_ref().err());
                 if failed.clone().any(|fault| fault.untouched) {
                     // Told to end, and ended before anything was lost: the next start begins anew. Should another device's
