@@ -98,6 +98,16 @@ fn a_node_at_rest_is_touched_once_a_boot_whatever_the_restarts_and_looks() -> Re
     let before = touched(&node)?;
     restarts_and_looks(&mut node, "idle")?;
     assert_eq!(touched(&node)?, before);
+
+    // Between two looks it sleeps: at most a bookmark of the API server's wakes it, once a minute.
+    node.start_agent(&["cc-manager"], &[("CCNODE_RESYNC", "10m"), ("CCNODE_RELEASE_POLL", "1s")])?;
+    node.agent("cc-manager")?.process.wait_output(STEP, |text| text.contains("readiness_file"))?;
+    std::thread::sleep(Duration::from_secs(4));
+    let woken = figure(&node, "voluntary_ctxt_switches")?;
+    std::thread::sleep(Duration::from_secs(10));
+    let woken = figure(&node, "voluntary_ctxt_switches")? - woken;
+    println!("idle: woken {woken} times in 10 s");
+    ensure!(woken <= 2, "woken {woken} times while nothing happened");
     registers_say(&node, "off")
 }
 
@@ -125,8 +135,8 @@ fn a_held_node_is_not_touched_whatever_the_restarts_looks_and_attempts() -> Resu
     registers_say(&node, "on")
 }
 
-/// A figure of `/proc/PID/status`, in KiB.
-fn memory(node: &Node, field: &str) -> Result<u64> {
+/// A figure of cc-manager's `/proc/PID/status`; sizes are in KiB.
+fn figure(node: &Node, field: &str) -> Result<u64> {
     let pid = node.agent("cc-manager")?.process.pid();
     let status = String::from_utf8(node.guest.get_file(&format!("/proc/{pid}/status"))?)?;
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
@@ -151,14 +161,14 @@ fn a_change_and_some_hundred_looks_leave_little_in_memory() -> Result<()> {
     // Threads that did the firmware's work end after a while.
     std::thread::sleep(Duration::from_secs(12));
     for (field, most) in MOST {
-        let found = memory(&node, field)?;
+        let found = figure(&node, field)?;
         println!("{field} {found} KiB");
         ensure!(found <= most, "{field} is {found} KiB, more than {most}");
     }
     // It does not grow with the looks.
-    let before = memory(&node, "RssAnon")?;
+    let before = figure(&node, "RssAnon")?;
     await_rounds(&node, 200)?;
-    let after = memory(&node, "RssAnon")?;
+    let after = figure(&node, "RssAnon")?;
     println!("RssAnon {after} KiB after 200 more looks");
     ensure!(after < before + 256, "{before} KiB became {after} KiB");
     registers_say(&node, "on")?;
