@@ -27,6 +27,11 @@ pub enum FaultAction {
     CutBefore,
     /// The request takes effect, and then the connection is cut without an answer.
     CutAfterCommit,
+    /// The request waits, still without effect, until [`ApiServer::release`](super::ApiServer::release). When its
+    /// connection ends before that, it never has any.
+    HoldBefore,
+    /// The request takes effect, and its answer waits until [`ApiServer::release`](super::ApiServer::release).
+    HoldAfterCommit,
     /// The request is served after this time.
     Delay(Duration),
     /// The answer comes in pieces of `chunk` bytes with a pause before each; works on watches too.
@@ -44,6 +49,14 @@ pub enum FaultAction {
     WatchCut {
         /// Whole events sent before the cut.
         after_events: usize,
+    },
+    /// After this many events a watch gets a bookmark that is older than what it was sent, and ends in order. A watch that
+    /// does not allow bookmarks just ends.
+    StaleBookmark {
+        /// Whole events sent before the bookmark.
+        after_events: usize,
+        /// By how many versions it is too old.
+        behind: u64,
     },
 }
 

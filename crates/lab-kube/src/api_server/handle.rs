@@ -21,8 +21,8 @@ use super::faults::{Fault, FaultId};
 use super::ops::{DeleteOptions, Deleted, Target, Writing};
 use super::patch::PatchKind;
 use super::resources::ResourceType;
-use super::store::{Budget, HistoryEntry, RequestRecord, State, Token, View, random};
-use super::{ApiServerConfig, ApiServerError, Shared, SharedRef, serve, tls};
+use super::store::{Budget, HistoryEntry, OnNodeWrite, RequestRecord, State, Token, View, random};
+use super::{ApiServerConfig, ApiServerError, Counted, Shared, SharedRef, serve, tls};
 
 /// The three files that a pod finds under `/var/run/secrets/kubernetes.io/serviceaccount`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +77,7 @@ impl ApiServer {
             rang: Condvar::new(),
             closing: tokio::sync::watch::Sender::new(0),
             cutting: tokio::sync::watch::Sender::new(0),
+            releasing: tokio::sync::watch::Sender::new(0),
             down: AtomicBool::new(false),
         });
         let (stop, stopped) = oneshot::channel();
@@ -329,6 +330,12 @@ impl ApiServer {
         self.view(|view| view.history(node).to_vec())
     }
 
+    /// Calls this at every write of a node, in the order of the writes and before anybody can see the next one. It must not
+    /// ask the server for anything.
+    pub fn on_node_write(&self, look: impl FnMut(&HistoryEntry) + Send + 'static) {
+        self.shared.lock().on_node_write = Some(OnNodeWrite(Box::new(look)));
+    }
+
     /// Every request answered (or cut) so far.
     pub fn requests(&self) -> Vec<RequestRecord> {
         self.view(|view| view.requests().to_vec())
@@ -364,6 +371,11 @@ impl ApiServer {
     /// How often a fault has struck.
     pub fn fault_hits(&self, id: FaultId) -> usize {
         self.shared.lock().faults.hits(id)
+    }
+
+    /// Lets every held request go on.
+    pub fn release(&self) {
+        self.shared.releasing.send_modify(|count| *count += 1);
     }
 
     /// From now on a watch from any version before the present one gets 410; running watches go on.
@@ -445,6 +457,7 @@ async fn run(
 
 async fn connection(shared: SharedRef, stream: tokio::net::TcpStream, acceptor: TlsAcceptor) {
     let mut cutting = shared.cutting.subscribe();
+    let _open = Counted::begin(&shared, |state| &mut state.connections);
     // Watches are many small writes.
     let _ = stream.set_nodelay(true);
     let serve = async {

@@ -141,6 +141,8 @@ pub(crate) struct Shared {
     pub(crate) closing: tokio::sync::watch::Sender<u64>,
     /// Counts up when every connection is to be cut.
     pub(crate) cutting: tokio::sync::watch::Sender<u64>,
+    /// Counts up when every held request is to go on.
+    pub(crate) releasing: tokio::sync::watch::Sender<u64>,
     /// Refuse new connections.
     pub(crate) down: std::sync::atomic::AtomicBool,
 }
@@ -160,6 +162,27 @@ impl Shared {
     pub(crate) fn record(&self, record: RequestRecord) {
         self.lock().requests.push(record);
         self.rang.notify_all();
+    }
+}
+
+/// One of something that is counted, as long as it is there.
+pub(crate) struct Counted<'a> {
+    shared: &'a Shared,
+    count: fn(&mut store::State) -> &mut usize,
+}
+
+impl<'a> Counted<'a> {
+    pub(crate) fn begin(shared: &'a Shared, count: fn(&mut store::State) -> &mut usize) -> Self {
+        *count(&mut shared.lock()) += 1;
+        shared.rang.notify_all();
+        Self { shared, count }
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        *(self.count)(&mut self.shared.lock()) -= 1;
+        self.shared.rang.notify_all();
     }
 }
 

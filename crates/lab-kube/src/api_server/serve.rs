@@ -10,7 +10,6 @@ use http_body_util::{BodyExt, Full, Limited, StreamBody, combinators::UnsyncBoxB
 use hyper::body::{Bytes, Frame, Incoming};
 use serde_json::{Map, Value, json};
 
-use super::Shared;
 use super::auth::User;
 use super::faults::FaultAction;
 use super::ops::{DeleteOptions, Deleted, Target, Writing};
@@ -20,6 +19,7 @@ use super::selector::{FieldSelector, LabelSelector};
 use super::status::{ApiError, FieldError};
 use super::store::{Key, RequestRecord, State};
 use super::watch::{Scope, WatchRequest, Watcher};
+use super::{Counted, Shared};
 
 /// The real server's limit of a request body.
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
@@ -109,6 +109,7 @@ pub(crate) async fn handle(shared: Arc<Shared>, request: Request<Incoming>) -> R
             shared.record(record);
             return Err(cut());
         }
+        Some(FaultAction::HoldBefore) => held(&shared).await,
         Some(FaultAction::Delay(pause)) => tokio::time::sleep(*pause).await,
         _ => {}
     }
@@ -154,9 +155,13 @@ pub(crate) async fn handle(shared: Arc<Shared>, request: Request<Incoming>) -> R
         }
     };
     shared.tell();
-    if matches!(fault, Some(FaultAction::CutAfterCommit)) {
-        shared.record(record);
-        return Err(cut());
+    match &fault {
+        Some(FaultAction::CutAfterCommit) => {
+            shared.record(record);
+            return Err(cut());
+        }
+        Some(FaultAction::HoldAfterCommit) => held(&shared).await,
+        _ => {}
     }
     let response = match result {
         Ok(answer) => respond(answer),
@@ -165,6 +170,14 @@ pub(crate) async fn handle(shared: Arc<Shared>, request: Request<Incoming>) -> R
     record.code = response.status().as_u16();
     shared.record(record);
     Ok(spoil(response, fault.as_ref()))
+}
+
+/// Waits for the release. Dropped with its request when the connection ends.
+async fn held(shared: &Shared) {
+    let mut releasing = shared.releasing.subscribe();
+    let _held = Counted::begin(shared, |state| &mut state.held);
+    // The sender lives in `shared`.
+    let _ = releasing.changed().await;
 }
 
 /// Bodies are read for writing methods only. An error is the refusal to answer with.

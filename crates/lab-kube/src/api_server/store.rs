@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime};
 use serde_json::{Value, json};
 
 use super::auth::User;
-use super::faults::Faults;
+use super::faults::{FaultId, Faults};
 use super::resources::ResourceType;
 
 /// Storage, namespace (empty for cluster-wide objects) and name.
@@ -140,6 +140,20 @@ pub(crate) struct State {
     pub(crate) budgets: Vec<Budget>,
     pub(crate) endings: Vec<Ending>,
     pub(crate) pods_end_after: Option<std::time::Duration>,
+    /// Requests that wait to be released.
+    pub(crate) held: usize,
+    /// Connections that are open.
+    pub(crate) connections: usize,
+    pub(crate) on_node_write: Option<OnNodeWrite>,
+}
+
+/// Called with every new state of a node.
+pub(crate) struct OnNodeWrite(pub(crate) Box<dyn FnMut(&HistoryEntry) + Send>);
+
+impl std::fmt::Debug for OnNodeWrite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnNodeWrite")
+    }
 }
 
 /// A random number; the seed of a new hasher is one.
@@ -209,6 +223,9 @@ impl State {
             budgets: Vec::new(),
             endings: Vec::new(),
             pods_end_after,
+            held: 0,
+            connections: 0,
+            on_node_write: None,
         };
         for name in ["default", "kube-node-lease", "kube-public", "kube-system"] {
             let namespace = json!({
@@ -252,7 +269,7 @@ impl State {
         }
         if key.0 == "nodes" {
             let meta = &value["metadata"];
-            self.history.entry(key.2.clone()).or_default().push(HistoryEntry {
+            let entry = HistoryEntry {
                 resource_version: self.version,
                 time: SystemTime::now(),
                 at: Instant::now(),
@@ -261,7 +278,11 @@ impl State {
                 labels: text_map(&meta["labels"]),
                 annotations: text_map(&meta["annotations"]),
                 deleted: kind == ChangeKind::Deleted,
-            });
+            };
+            if let Some(OnNodeWrite(look)) = &mut self.on_node_write {
+                look(&entry);
+            }
+            self.history.entry(key.2.clone()).or_default().push(entry);
         }
         self.changes.push_back(Change { version: self.version, key, kind, object: Arc::clone(&value), previous });
         while self.changes.len() > self.window {
@@ -338,6 +359,21 @@ impl<'a> View<'a> {
     /// connection says so.
     pub fn open_watches(&self) -> Vec<&'a OpenWatch> {
         self.0.watches.values().collect()
+    }
+
+    /// How often a fault has struck.
+    pub fn fault_hits(&self, id: FaultId) -> usize {
+        self.0.faults.hits(id)
+    }
+
+    /// How many connections are open. Of a client that has none, no request is under way any more.
+    pub fn connections(&self) -> usize {
+        self.0.connections
+    }
+
+    /// How many requests wait to be released.
+    pub fn held(&self) -> usize {
+        self.0.held
     }
 
     /// The version of the last write.

@@ -151,7 +151,11 @@ impl Watcher {
     }
 
     fn bookmark(&mut self, initial_end: bool) {
-        let mut metadata = json!({"resourceVersion": self.cursor.to_string(), "creationTimestamp": null});
+        self.bookmark_of(self.cursor, initial_end);
+    }
+
+    fn bookmark_of(&mut self, version: u64, initial_end: bool) {
+        let mut metadata = json!({"resourceVersion": version.to_string(), "creationTimestamp": null});
         if initial_end {
             metadata["annotations"] = json!({"k8s.io/initial-events-end": "true"});
         }
@@ -218,6 +222,17 @@ impl Watcher {
             let mut line = self.pending.pop_front().unwrap_or_else(|| Bytes::from_static(b"{\"type\":\"MODIFIED\","));
             line.truncate(line.len() / 2);
             return Some(Ok(Frame::data(line)));
+        }
+        if let Some(FaultAction::StaleBookmark { after_events, behind }) = self.request.fault
+            && self.sent >= after_events
+            && self.pending.is_empty()
+            && !self.ended
+        {
+            self.ended = true;
+            if self.request.bookmarks {
+                self.bookmark_of(self.cursor.saturating_sub(behind), false);
+            }
+            return self.pending.pop_front().map(|line| Ok(Frame::data(line)));
         }
         let line = self.pending.pop_front()?;
         self.sent += 1;

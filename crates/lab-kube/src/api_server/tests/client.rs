@@ -1,5 +1,6 @@
 //! With the `kube` client.
 
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
@@ -12,7 +13,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, ResourceExt};
 use serde_json::{Value, json};
 
-use super::super::{ApiServer, ApiServerConfig, Fault, FaultAction, Rule};
+use super::super::{ApiServer, ApiServerConfig, Fault, FaultAction, Rule, View};
 
 const NODE: &str = "gpu-1";
 const SA: &str = "system:serviceaccount:gpu-operator:nvidia-cc-manager";
@@ -494,6 +495,78 @@ async fn faults_strike_what_they_are_for() {
     nodes.get(NODE).await.expect_err("down");
     server.set_down(false);
     nodes.get(NODE).await.expect("back on the same port");
+}
+
+/// The client's tasks run meanwhile.
+async fn until(server: &ApiServer, is_so: impl Fn(View<'_>) -> bool) {
+    let so = async {
+        while !server.view(&is_so) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), so).await.expect("in time");
+}
+
+#[tokio::test]
+async fn a_held_request_waits_for_its_release_and_ends_with_its_client() {
+    let server = server();
+    let client = admin(&server).await;
+    for (value, action, while_held, is_killed, after) in [
+        ("1", FaultAction::HoldBefore, None, true, None),
+        ("2", FaultAction::HoldBefore, None, false, Some("2")),
+        ("3", FaultAction::HoldAfterCommit, Some("3"), true, Some("3")),
+        ("4", FaultAction::HoldAfterCommit, Some("4"), false, Some("4")),
+    ] {
+        let label = || server.labels(NODE).get(value).cloned();
+        server.inject(Fault::new(action).verb("patch"));
+        let (nodes, patch) = (Api::<Node>::all(client.clone()), merge(json!({"metadata": {"labels": {value: value}}})));
+        let request = tokio::spawn(async move { nodes.patch(NODE, &PatchParams::default(), &patch).await.map(drop) });
+        until(&server, |view| view.held() == 1).await;
+        assert_eq!(label().as_deref(), while_held);
+        if is_killed {
+            request.abort();
+            until(&server, |view| view.held() == 0).await;
+            server.release();
+        } else {
+            server.release();
+            request.await.expect("not aborted").expect("answered");
+        }
+        assert_eq!(label().as_deref(), after, "{value}");
+    }
+    assert!(server.view(|view| view.connections()) > 0);
+    drop(client);
+    until(&server, |view| view.connections() == 0).await;
+}
+
+#[tokio::test]
+async fn a_stale_bookmark_comes_after_the_events_and_ends_the_watch() {
+    let server = server();
+    let nodes: Api<Node> = Api::all(admin(&server).await);
+    server.set_label(NODE, "f", Some("1")).expect("label");
+    let version = server.resource_version();
+    let stale = || Fault::new(FaultAction::StaleBookmark { after_events: 1, behind: 1 }).verb("watch");
+    server.inject(stale());
+    let seen = events_until(&nodes, &WatchParams::default(), &(version - 1).to_string(), 3).await;
+    let bookmark = ("BOOKMARK".to_owned(), (version - 1).to_string());
+    assert_eq!(seen, [("MODIFIED".to_owned(), NODE.to_owned()), bookmark]);
+    server.inject(stale());
+    let seen = events_until(&nodes, &WatchParams::default().disable_bookmarks(), &(version - 1).to_string(), 2).await;
+    assert_eq!(seen.len(), 1, "and then the end: {seen:?}");
+}
+
+#[test]
+fn every_write_of_a_node_is_seen_by_the_test_at_once() {
+    let server = server();
+    let seen = Arc::<Mutex<Vec<Option<String>>>>::default();
+    let of_hook = Arc::clone(&seen);
+    server.on_node_write(move |entry| of_hook.lock().expect("lock").push(entry.labels.get("f").cloned()));
+    server.add_node("gpu-2", &[("f", "0")]).expect("node");
+    for value in [Some("1"), Some("2"), None] {
+        server.set_label(NODE, "f", value).expect("label");
+    }
+    server.delete("nodes", "", "gpu-2", None).expect("delete");
+    let seen: Vec<_> = seen.lock().expect("lock").iter().map(|value| value.clone().unwrap_or_default()).collect();
+    assert_eq!(seen, ["0", "1", "2", "", "0"]);
 }
 
 #[tokio::test]
