@@ -113,6 +113,16 @@ struct LabelFields {
     mode: Option<serde::de::IgnoredAny>,
 }
 
+/// Moves the version to resume a watch from on to `seen`, and never back: what was seen already would be told again, and what
+/// is long over would pass for the present. No server says an older version in the same watch; one behind a proxy or fallen
+/// back to a stale cache might.
+pub(crate) fn advance(version: &mut String, seen: &str) {
+    let is_older = matches!((version.parse::<u64>(), seen.parse::<u64>()), (Ok(known), Ok(seen)) if seen < known);
+    if !is_older {
+        seen.clone_into(version);
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(crate) struct List {
     #[serde(default)]
@@ -145,6 +155,17 @@ impl From<Object> for NodeState {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_watch_is_never_resumed_from_further_back() {
+        for (known, seen, then) in
+            [("7", "8", "8"), ("7", "7", "7"), ("10", "9", "10"), ("9", "10", "10"), ("", "5", "5"), ("x", "3", "3")]
+        {
+            let mut version = known.to_owned();
+            advance(&mut version, seen);
+            assert_eq!(version, then, "{known} and then {seen}");
+        }
+    }
 
     #[test]
     fn who_asked_for_the_mode_is_told_by_the_managed_fields() {

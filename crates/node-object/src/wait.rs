@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::client::{NodeClient, build};
 use crate::error::NodeError;
-use crate::state::{ListMetadata, Metadata};
+use crate::state::{ListMetadata, Metadata, advance};
 
 /// An object as far as it is looked at here: a pod without its content, or the whole node.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -175,13 +175,13 @@ impl NodeClient {
                     WatchEvent::Added(item) | WatchEvent::Modified(item) => (item, false),
                     WatchEvent::Deleted(item) => (item, true),
                     WatchEvent::Bookmark(bookmark) => {
-                        version = bookmark.metadata.resource_version;
+                        advance(&mut version, &bookmark.metadata.resource_version);
                         continue;
                     }
                     WatchEvent::Error(status) => return Err(self.error(verb, kube::Error::Api(status))),
                 };
                 if let Some(newer) = &item.metadata.resource_version {
-                    version.clone_from(newer);
+                    advance(&mut version, newer);
                 }
                 if is_gone {
                     items.remove(&identity(&item));

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::client::{NodeClient, build};
 use crate::error::NodeError;
-use crate::state::{NodeState, NodeView, Object};
+use crate::state::{NodeState, NodeView, Object, advance};
 
 /// After so many failures in a row on one resource version the node is listed again, whatever the errors say.
 const FAILURES: u32 = 5;
@@ -92,15 +92,15 @@ impl NodeClient {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                     if object.metadata.name.as_deref() == Some(&*self.name) {
                         let node = NodeState::from(object);
-                        version.clone_from(&node.resource_version);
+                        advance(version, &node.resource_version);
                         self.see_newer(node);
                     }
                 }
                 WatchEvent::Deleted(object) => {
-                    version.clone_from(&NodeState::from(object).resource_version);
+                    advance(version, &NodeState::from(object).resource_version);
                     self.see_absent();
                 }
-                WatchEvent::Bookmark(bookmark) => *version = bookmark.metadata.resource_version,
+                WatchEvent::Bookmark(bookmark) => advance(version, &bookmark.metadata.resource_version),
                 WatchEvent::Error(status) => return Err(self.error("watch", kube::Error::Api(status))),
             }
         }
