@@ -45,6 +45,8 @@ struct Selection {
     fields: String,
     /// Whether the objects' content is wanted too.
     whole: bool,
+    /// UID of an object without which nothing is met.
+    needs: Option<String>,
     /// `list` and `watch`, with what.
     verbs: [&'static str; 2],
 }
@@ -62,6 +64,7 @@ impl NodeClient {
             path: format!("/api/v1/namespaces/{namespace}/pods"),
             fields: format!("spec.nodeName={}", self.name),
             whole: false,
+            needs: None,
             verbs: ["list the operator's pods on", "watch the operator's pods on"],
         };
         let unmet = |item: &Item| {
@@ -72,7 +75,8 @@ impl NodeClient {
     }
 
     /// Waits until this node has nothing allocatable of the resources that satisfy `concerned`. After every change `left`
-    /// is told those that it has, with their quantity.
+    /// is told those that it has, with their quantity. A node object that was deleted, or made again, says nothing of the
+    /// kubelet: then it waits on.
     pub async fn none_allocatable(
         &self,
         concerned: impl Fn(&str) -> bool,
@@ -82,6 +86,7 @@ impl NodeClient {
             path: "/api/v1/nodes".to_owned(),
             fields: format!("metadata.name={}", self.name),
             whole: true,
+            needs: self.view().node().map(|node| node.uid.clone()),
             verbs: ["list", "watch"],
         };
         let unmet = |item: &Item| {
@@ -106,7 +111,7 @@ impl NodeClient {
             let mut items = BTreeMap::new();
             let mut is_met = |items: &BTreeMap<String, Item>| {
                 let unmet: Vec<String> = items.values().flat_map(&unmet).collect();
-                let is_met = unmet.is_empty();
+                let is_met = unmet.is_empty() && selection.needs.as_ref().is_none_or(|uid| items.contains_key(uid));
                 left(unmet);
                 is_met
             };

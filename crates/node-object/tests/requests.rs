@@ -276,6 +276,28 @@ async fn resources_are_waited_for_until_none_is_allocatable() {
 }
 
 #[tokio::test]
+async fn a_node_object_that_goes_away_offers_nothing_and_says_nothing() {
+    let api = FakeApi::new("n1");
+    api.set_allocatable("nvidia.com/pgpu", "2");
+    let (seen, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let node = node(&api);
+    node.get().await.unwrap();
+    let waiting = tokio::spawn(async move {
+        node.none_allocatable(|name| name.starts_with("nvidia.com/"), &mut |left| drop(seen.send(left))).await
+    });
+    assert_eq!(told.recv().await.unwrap(), ["nvidia.com/pgpu: 2"]);
+    until("watch is open", || api.open_watches() == 1).await;
+    api.delete_node();
+    api.create_node("uid-2");
+    api.set_allocatable("nvidia.com/pgpu", "0");
+    for event in ["deleted", "made again", "offers none"] {
+        assert_eq!(told.recv().await.expect("it waits on"), Vec::<String>::new(), "{event}");
+    }
+    assert!(!waiting.is_finished());
+    waiting.abort();
+}
+
+#[tokio::test]
 async fn events_are_sent_and_refused_ones_forgotten() {
     let api = FakeApi::new("n1");
     let node = node(&api);
