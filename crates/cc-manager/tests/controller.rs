@@ -1300,6 +1300,25 @@ async fn a_node_object_that_is_made_again_is_told_what_is_known_of_this_boot() {
 }
 
 #[tokio::test]
+async fn a_change_begins_again_on_a_node_object_that_is_made_again() {
+    let world = World::new(&[(A, H100)]);
+    let agent = world.start();
+    world.until_state("on", "true").await;
+    world.api.set_allocatable("nvidia.com/pgpu", "1");
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("begun", || world.api.annotations().contains_key(annotations::TRANSITION)).await;
+    world.api.delete_node();
+    world.api.create_node("uid-2");
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    world.until_state("off", "false").await;
+    let gates: Vec<_> = world.firmware.calls().into_iter().map(|call| call.ready).collect();
+    assert_eq!(gates, [Some(String::new()), Some(String::new())], "the new node's gate was shut for it");
+    until("told", || world.status()["nodeUid"] == "uid-2").await;
+    until("filed", || world.file().unwrap().origin.node_uid.as_deref() == Some("uid-2")).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn shutdown_ends_at_once_when_idle_and_within_the_grace_otherwise() {
     let world = World::new(&[(A, H100)]);
     let agent = world.start();

@@ -107,7 +107,7 @@ impl<F: Firmware> Controller<F> {
         Err(InTheWay::Others(error))
     }
 
-    /// Returns when another mode is wanted than this round is about.
+    /// Returns when another mode is wanted than this round is about, or of another node object.
     pub(super) async fn superseded(&self) {
         let mut view = self.node.subscribe();
         while !self.is_superseded() {

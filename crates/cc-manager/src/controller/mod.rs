@@ -284,11 +284,14 @@ impl<F: Firmware> Controller<F> {
         (only_words && !change.is_empty() && Instant::now() < at).then_some(at)
     }
 
-    /// Whether another mode is wanted by now than the round was about.
+    /// Whether another mode is wanted by now than the round was about, or the node object was made again: nothing of what was
+    /// begun on the old one stands on the new one.
     fn is_superseded(&self) -> bool {
-        let view = self.node.view();
-        let label = view.node().map(|node| node.label(labels::CC_MODE).unwrap_or_default());
-        label.is_some_and(|label| self.memory.label.as_deref() != Some(label))
+        let is_other = |node: &Arc<NodeState>| {
+            let label = node.label(labels::CC_MODE).unwrap_or_default();
+            self.memory.label.as_deref() != Some(label) || self.memory.node_uid != node.uid
+        };
+        self.node.view().node().is_some_and(is_other)
     }
 
     fn api_delay(&mut self, error: &NodeError, what: &str) -> Duration {
