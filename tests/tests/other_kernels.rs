@@ -75,13 +75,15 @@ fn a_kernel_without_group_files_changes_modes_and_offers_character_devices() -> 
     bound_to_vfio(&node)?;
     node.await_allocatable(PGPU, 2, STEP)?;
 
-    // What is not in the wanted mode is not offered, whatever the gate: one that is held cannot be brought there.
+    // One that is held keeps the node in the mode that it is in, and that is offered.
     let bdf = node.guest.bdf("gpu1")?;
     let hold = format!("exec 3<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{bdf}/vfio-dev); echo held; sleep 1000");
     node.start_agent(&["sh", "-c", &hold], &[])?;
     node.agent("sh")?.process.wait_output(STEP, |text| text.contains("held"))?;
     node.ask_for("off")?;
-    node.await_allocatable(PGPU, 0, STEP)?;
+    node.agent("cc-manager")?.process.wait_output(STEP, |text| text.contains("InUse") && text.contains(&bdf))?;
+    node.await_state("on", "true", STEP)?;
+    node.await_allocatable(PGPU, 2, STEP)?;
     registers_say(&node, "on")?;
 
     // With the gate of our chart nothing is ever offered, not even while the file is not there.

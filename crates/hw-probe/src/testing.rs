@@ -694,7 +694,12 @@ impl FakeFunction<'_> {
     pub fn cdev(self, number: u32) -> Self {
         self.no_cdev();
         self.tree.file(format!("dev/vfio/devices/vfio{number}"), "");
-        self.attr(&format!("vfio-dev/vfio{number}/dev"), format!("{VFIO_MAJOR}:{number}\n"))
+        // Whoever sees it sees its number, as in the kernel's tree.
+        let new = self.attr(&format!("vfio-dev.new/vfio{number}/dev"), format!("{VFIO_MAJOR}:{number}\n"));
+        let path = self.path();
+        fs::rename(path.join("vfio-dev.new"), path.join("vfio-dev"))
+            .expect("A directory of the fake tree can be renamed");
+        new
     }
 
     /// Takes its character device away.
