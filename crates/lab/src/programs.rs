@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 pub const PROGRAMS: [(&str, &[&str]); 5] = [
     ("ccnode", &[]),
     ("cc-manager", &["k8s-cc-manager"]),
-    ("vfio-manager", &["vfio-manage"]),
+    ("vfio-manager", &["vfio-manage", "driver-manager"]),
     ("device-plugin", &["nvidia-sandbox-device-plugin"]),
     ("lab-kubelet", &[]),
 ];

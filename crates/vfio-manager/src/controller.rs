@@ -1,44 +1,29 @@
-//! The commands: look, plan, act, tell.
+//! The loop of the daemon: it looks, plans, acts, and tells, at start, after every change on the bus, and on a slow poll.
 
-use std::cell::LazyCell;
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Write as _};
-use std::os::unix::fs::OpenOptionsExt;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use agent_core::backoff::Backoff;
-use agent_core::hostfile::HostDir;
-use agent_core::metrics::Metrics;
+use agent_core::http::StateDump;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
-use agent_core::state::{BindingsFile, Origin, STATE_DIR, state_dir as state_dir_under};
+use agent_core::state::{BindingsFile, DEVICES_FILE};
+use agent_core::text::chain;
 use agent_core::uevents::DeviceEvents;
-use anyhow::{Context, bail};
-use gpu_firmware::Places;
-use hw_probe::{Bdf, Inventory, PciFunction, SysRoot};
-use tokio::time::sleep;
+use hw_probe::{Bdf, PciFunction};
+use serde_json::json;
+use tokio::sync::mpsc::unbounded_channel;
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
-use crate::args::{BindArgs, Cli, Command, HostArgs, LockArgs, RunArgs, UnbindArgs, Which};
-use crate::binding::{Action, Policy, Step, plan_bind, plan_unbind};
-use crate::executor::{BindError, Executor, Outcome, records, without_returned};
+use crate::binding::{Action, Knowledge, Policy, PolicyError, Step};
+use crate::executor::{BindError, Heard, Outcome};
+use crate::manager::{Look, Manager};
 use crate::metrics::BindingMetrics;
-use crate::modalias::VfioAliases;
-
-/// How long `bind` waits for another agent's lock: as long as a change of modes may take. It is run once, so that what it
-/// leaves undone stays undone.
-const BIND_LOCK: Duration = Duration::from_mins(2);
-
-/// How long `unbind` does: it is a hook, and its pod has 30 s to end (operator-contract section 6.1).
-const UNBIND_LOCK: Duration = Duration::from_secs(5);
-
-/// How long a look of the daemon does: another one follows.
-const LOOK_LOCK: Duration = Duration::from_secs(1);
+use crate::validations::StatusFiles;
 
 /// First and longest pause before the next look while something is not as wanted.
 const RETRY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
@@ -46,201 +31,226 @@ const RETRY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10
 /// Events come in bursts (a rebind is four): one look for all of them.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// How long a step that has begun may go on after a signal.
-const END: Duration = Duration::from_secs(5);
+/// How often it is seen whether other agents have written something: no event of the kernel tells of it.
+const FILES: Duration = Duration::from_secs(2);
 
-/// Runs the command line.
-pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    match cli.command {
-        Command::Bind(args) => bind(args),
-        Command::Unbind(args) => unbind(args),
-        Command::Run(args) => {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let result = runtime.block_on(daemon(args));
-            runtime.shutdown_timeout(END);
-            result
-        }
+/// What wakes the loop up.
+pub(crate) trait Changes {
+    /// Waits for a change on the bus.
+    async fn changed(&mut self);
+    /// Forgets the changes that have come so far.
+    fn drain(&mut self);
+}
+
+impl Changes for DeviceEvents {
+    async fn changed(&mut self) {
+        self.changed().await;
+    }
+
+    fn drain(&mut self) {
+        self.drain();
     }
 }
 
-fn bind(
-    BindArgs { which, bind_nvswitches, take_from_driver, strict, dry_run, host }: BindArgs,
-) -> anyhow::Result<ExitCode> {
-    let Which { all, device_id } = which;
-    let manager = Manager::new(host, BIND_LOCK);
-    let policy = Policy { nvswitches: bind_nvswitches, take_from_driver, only: device_id };
-    let inventory = manager.inventory()?;
-    must_be_selectable(&inventory, device_id)?;
-    let steps = manager.plan_bind(&inventory, &policy);
-    if dry_run {
-        print!("{}", plan_table(&steps));
-        return Ok(ExitCode::SUCCESS);
-    }
-    let outcomes = manager.act(&inventory, steps)?;
-    tell_changes(&mut BTreeMap::new(), &outcomes);
-    print!("{}", outcome_table(&outcomes));
-    // The operator's pod runs `vfio-manage bind --all && sleep`: a truthful code would crash-loop it over one dead GPU,
-    // so there the contract fixes 0 (operator-contract section 6.4).
-    let wrong = outcomes.iter().any(|outcome| outcome.result.is_err());
-    Ok(if wrong && (strict || !all) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+/// What the loop works by.
+pub(crate) struct Keeper {
+    pub(crate) manager: Arc<Manager>,
+    pub(crate) policy: Policy,
+    pub(crate) poll_interval: Duration,
+    pub(crate) metrics: BindingMetrics,
+    pub(crate) dump: StateDump,
+    /// The validator's files, where they are written in its place.
+    pub(crate) status: Option<Mutex<StatusFiles>>,
 }
 
-fn unbind(
-    UnbindArgs { which, unbind_nvswitches, strict, dry_run, lock, host }: UnbindArgs,
-) -> anyhow::Result<ExitCode> {
-    let Which { all, device_id } = which;
-    let LockArgs { daemon_lock } = lock;
-    if all && held_by_daemon(&daemon_lock) {
-        // Called as the hook of a pod that is being replaced: the next one will want the very same bindings.
-        println!("vfio-manager runs in this container: all bindings are left as they are for the one that follows it");
-        return Ok(ExitCode::SUCCESS);
-    }
-    let manager = Manager::new(host, UNBIND_LOCK);
-    let policy = Policy { nvswitches: unbind_nvswitches, take_from_driver: false, only: device_id };
-    let inventory = manager.inventory()?;
-    must_be_selectable(&inventory, device_id)?;
-    let steps = plan_unbind(&inventory, &policy);
-    if dry_run {
-        print!("{}", plan_table(&steps));
-        return Ok(ExitCode::SUCCESS);
-    }
-    let outcomes = manager.act(&inventory, steps)?;
-    tell_changes(&mut BTreeMap::new(), &outcomes);
-    print!("{}", outcome_table(&outcomes));
-    // A held device that stays bound is what `--all` promises, and no failure.
-    let failed = |outcome: &Outcome| match &outcome.result {
-        Ok(_) => false,
-        Err(BindError::Held { .. }) => strict || !all,
-        Err(_) => true,
-    };
-    Ok(if outcomes.iter().any(failed) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+/// What the loop remembers between looks.
+#[derive(Default)]
+struct Memory {
+    /// The last outcome of each device.
+    devices: BTreeMap<Bdf, Outcome>,
+    /// The GPUs among them, and those that have no outcome yet.
+    gpus: BTreeSet<Bdf>,
+    /// Devices whose step has not ended: nothing else is begun with them.
+    running: BTreeMap<Bdf, Step>,
+    /// What was last said of each device.
+    told: Told,
+    /// What was last said of a look that failed.
+    trouble: Option<String>,
+    /// What was last said of the status files.
+    status_trouble: Option<String>,
+    given_back: bool,
+    knowledge: Knowledge,
+    looked_at: Option<jiff::Timestamp>,
 }
 
-fn must_be_selectable(inventory: &Inventory, device: Option<Bdf>) -> anyhow::Result<()> {
-    let Some(bdf) = device else { return Ok(()) };
-    match inventory.get(bdf) {
-        None => bail!("{bdf}: No such PCI function on this node; `ccnode probe` lists the NVIDIA devices"),
-        Some(function) if function.is_gpu() && function.is_virtual_function => {
-            bail!("{bdf}: It is an SR-IOV virtual function; only whole GPUs are bound")
-        }
-        Some(function) if function.is_gpu() || function.is_nvswitch() => Ok(()),
-        Some(function) => bail!(
-            "{bdf}: It is no NVIDIA GPU or NVSwitch ({:04x}:{:04x}, class {:06x})",
-            function.vendor,
-            function.device,
-            function.class
-        ),
-    }
-}
-
-async fn daemon(
-    RunArgs { bind_nvswitches, take_from_driver, once, poll_interval, health, lock, host }: RunArgs,
-) -> anyhow::Result<ExitCode> {
-    let policy = Policy { nvswitches: bind_nvswitches, take_from_driver, only: None };
-    let LockArgs { daemon_lock } = lock;
-    let manager = Arc::new(Manager::new(host, if once { BIND_LOCK } else { LOOK_LOCK }));
-    if once {
-        let outcomes = manager.reconcile(&policy)?;
-        tell_changes(&mut BTreeMap::new(), &outcomes);
-        print!("{}", outcome_table(&outcomes));
-        let wrong = outcomes.iter().any(|outcome| outcome.result.is_err());
-        return Ok(if wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS });
-    }
-    // Held for the life of the process: `unbind --all` in the same container sees it.
-    let _lock = take_daemon_lock(&daemon_lock)?;
-    let shutdown = Shutdown::on_signals()?;
-    let readiness = readiness::Registry::default();
-    let looked = readiness.register("first look at the node");
-    let exposed = Metrics::new();
-    let metrics = BindingMetrics::register(&exposed);
-    let endpoint = match health.addr()? {
-        Some(addr) => Some(agent_core::http::bind(addr, readiness, exposed).await?),
-        None => None,
-    };
-    let serving = async {
-        match endpoint {
-            Some(server) => server.serve(shutdown.clone()).await,
-            None => shutdown.wait().await,
-        }
-    };
-    let keeping = async {
-        let result = keep_bound(&manager, &policy, poll_interval, &shutdown, &looked, &metrics).await;
-        // Its failure is the agent's: the endpoint must not go on alone.
-        shutdown.trigger();
-        result
-    };
-    let (result, ()) = tokio::join!(keeping, serving);
-    result.map(|()| ExitCode::SUCCESS)
-}
-
-/// Looks, plans and acts at start, after every change on the bus, and on a slow poll, until shutdown.
-async fn keep_bound(
-    manager: &Arc<Manager>,
-    policy: &Policy,
-    poll_interval: Duration,
-    shutdown: &Shutdown,
-    looked_once: &readiness::Guard,
-    metrics: &BindingMetrics,
-) -> anyhow::Result<()> {
-    let mut events = DeviceEvents::subscribe();
-    let mut retry = Backoff::new(RETRY[0], RETRY[1].min(poll_interval));
-    let mut last = BTreeMap::new();
-    let mut trouble = None;
-    loop {
-        let (worker, wanted) = (Arc::clone(manager), policy.clone());
-        let work = tokio::task::spawn_blocking(move || worker.reconcile(&wanted));
-        let looked = tokio::select! {
-            looked = work => looked?,
-            // Killed in the middle or not: what is on disk and on the bus is enough for the next one to go on from.
-            () = shutdown.wait() => break,
-        };
-        let all_right = match &looked {
-            Ok(outcomes) => {
-                metrics.record(outcomes);
-                tell_changes(&mut last, outcomes);
-                trouble = None;
-                outcomes.iter().all(|outcome| outcome.result.is_ok())
-            }
-            Err(error) => {
-                let text = format!("{error:#}");
-                if trouble.as_ref() != Some(&text) {
-                    warn!(event = "look_failed", "{text}");
-                    trouble = Some(text);
+impl Keeper {
+    /// Keeps everything bound until shutdown. A device that blocks holds up nothing but itself.
+    pub(crate) async fn keep(
+        &self,
+        mut events: impl Changes,
+        shutdown: &Shutdown,
+        looked_once: &readiness::Guard,
+    ) -> anyhow::Result<()> {
+        let mut files = Files::new(&self.manager);
+        let (sender, mut outcomes) = unbounded_channel();
+        let heard: Heard = Arc::new(move |outcome| {
+            // The loop has ended: nobody asks any more.
+            let _ = sender.send(outcome);
+        });
+        let mut memory = Memory::default();
+        let mut retry = Backoff::new(RETRY[0], RETRY[1].min(self.poll_interval));
+        loop {
+            let (manager, policy) = (Arc::clone(&self.manager), self.policy.clone());
+            let work = tokio::task::spawn_blocking(move || {
+                let look = manager.look_to_bind(&policy)?;
+                let prior = manager.prepare(&look)?;
+                anyhow::Ok((look, prior))
+            });
+            let look = tokio::select! {
+                look = work => look?,
+                // Killed in the middle or not: what is on disk and on the bus is enough for the next one to go on from.
+                () = shutdown.wait() => break,
+            };
+            let mut is_wrong = match look {
+                Ok((look, prior)) => {
+                    self.begin(&mut memory, &look, &prior, &heard);
+                    false
                 }
-                false
+                // A command line that cannot be followed: better known at once than looked for in a log.
+                Err(error) if memory.looked_at.is_none() && error.is::<PolicyError>() => return Err(error),
+                Err(error) => {
+                    let text = format!("{error:#}");
+                    if memory.trouble.as_ref() != Some(&text) {
+                        let code = error.downcast_ref().map(PolicyError::code);
+                        warn!(event = "look_failed", code, "{text}");
+                        memory.trouble = Some(text);
+                    }
+                    true
+                }
+            };
+            looked_once.ready();
+            let mut next = Instant::now() + if is_wrong { retry.next_delay() } else { self.poll_interval };
+            loop {
+                if outcomes.is_empty() {
+                    self.show(&memory);
+                    self.say(&mut memory);
+                }
+                tokio::select! {
+                    () = shutdown.wait() => {
+                        info!("ending; all bindings stay as they are");
+                        return Ok(());
+                    }
+                    Some(outcome) = outcomes.recv() => {
+                        if outcome.result.is_err() && !is_wrong {
+                            is_wrong = true;
+                            next = next.min(Instant::now() + retry.next_delay());
+                        }
+                        self.hear(&mut memory, outcome);
+                    }
+                    () = sleep_until(next) => break,
+                    () = events.changed() => {
+                        sleep(SETTLE).await;
+                        events.drain();
+                        break;
+                    }
+                    () = files.changed() => break,
+                }
             }
-        };
-        looked_once.ready();
-        let pause = if all_right {
-            retry.reset();
-            poll_interval
-        } else {
-            retry.next_delay()
-        };
-        tokio::select! {
-            () = shutdown.wait() => break,
-            () = sleep(pause) => {}
-            () = events.changed() => {
-                sleep(SETTLE).await;
-                events.drain();
+            if !is_wrong && memory.running.is_empty() {
+                retry.reset();
             }
         }
+        info!("ending; all bindings stay as they are");
+        Ok(())
     }
-    info!("ending; all bindings stay as they are");
-    Ok(())
+
+    /// Begins the steps of a look, save those of devices that are still at work.
+    fn begin(&self, memory: &mut Memory, look: &Look, prior: &Arc<BindingsFile>, heard: &Heard) {
+        memory.trouble = None;
+        memory.knowledge = look.knowledge.clone();
+        memory.looked_at = Some(jiff::Timestamp::now());
+        memory.given_back = look.given_back;
+        let is_wanted = |bdf: &Bdf| look.steps.iter().any(|step| step.bdf == *bdf);
+        memory.devices.retain(|bdf, _| is_wanted(bdf));
+        memory.told.retain(is_wanted);
+        let steps: Vec<Step> =
+            look.steps.iter().filter(|step| !memory.running.contains_key(&step.bdf)).cloned().collect();
+        let acts = steps.iter().filter(|step| step.action.is_act());
+        memory.running.extend(acts.map(|step| (step.bdf, step.clone())));
+        let is_gpu = |step: &&Step| look.inventory.get(step.bdf).is_none_or(PciFunction::is_gpu);
+        memory.gpus = look.steps.iter().filter(is_gpu).map(|step| step.bdf).collect();
+        self.metrics.record(memory.devices.values());
+        self.manager.executor.start(&look.inventory, &steps, prior, heard);
+    }
+
+    fn hear(&self, memory: &mut Memory, outcome: Outcome) {
+        memory.running.remove(&outcome.step.bdf);
+        memory.told.tell(&outcome);
+        self.metrics.count(&outcome);
+        memory.devices.insert(outcome.step.bdf, outcome);
+        self.metrics.record(memory.devices.values());
+    }
+
+    /// What is known and under way, for people, and the number of writes that have not returned.
+    fn show(&self, memory: &Memory) {
+        let blocked = self.manager.executor.blocked();
+        self.metrics.set_blocked(blocked.len());
+        let device = |outcome: &Outcome| {
+            let error = outcome.result.as_ref().err();
+            json!({
+                "bdf": outcome.step.bdf,
+                "action": outcome.step.action.to_string(),
+                "reason": outcome.step.reason,
+                "driver": outcome.result.as_ref().ok().and_then(Option::as_ref),
+                "code": error.map(BindError::code),
+                "error": error.map(|error| chain(error)),
+                "heldBy": error.map(BindError::held_by).unwrap_or_default(),
+            })
+        };
+        let state = json!({
+            "lookedAt": memory.looked_at,
+            "trouble": memory.trouble,
+            "mode": memory.knowledge.mode,
+            "transition": memory.knowledge.transition,
+            "devices": memory.devices.values().map(device).collect::<Vec<_>>(),
+            "underWay": memory.running.values().collect::<Vec<_>>(),
+            "blockedWrites": blocked.iter().map(|(bdf, path)| json!({"bdf": bdf, "path": path})).collect::<Vec<_>>(),
+        });
+        self.dump.show(state.to_string());
+    }
+
+    /// Says in the validator's place whether every GPU is on VFIO.
+    fn say(&self, memory: &mut Memory) {
+        let Some(status) = &self.status else { return };
+        let is_bound = |bdf: &Bdf| {
+            let outcome = memory.devices.get(bdf);
+            !memory.running.contains_key(bdf) && outcome.is_some_and(|outcome| matches!(outcome.result, Ok(Some(_))))
+        };
+        let is_ready = memory.looked_at.is_some() && !memory.given_back && memory.gpus.iter().all(is_bound);
+        let said = status.lock().unwrap_or_else(PoisonError::into_inner).say(is_ready);
+        let trouble = said.err().map(|error| chain(&error));
+        if trouble != memory.status_trouble {
+            if let Some(text) = &trouble {
+                warn!(code = "StatusFiles", "The validator's status files cannot be kept: {text}");
+            }
+            memory.status_trouble = trouble;
+        }
+    }
 }
 
-/// One line a device whose state is another than at the last look, so that a steady node is a silent one. What was done
-/// is told by the one who did it.
-fn tell_changes(last: &mut BTreeMap<Bdf, String>, outcomes: &[Outcome]) {
-    let mut now = BTreeMap::new();
-    for outcome in outcomes {
+/// One line a device whose state is another than the last time, so that a steady node is a silent one. What was done is told
+/// by the one who did it.
+#[derive(Default)]
+pub(crate) struct Told(BTreeMap<Bdf, String>);
+
+impl Told {
+    pub(crate) fn tell(&mut self, outcome: &Outcome) {
         let bdf = outcome.step.bdf;
         let state = match &outcome.result {
             Ok(driver) => driver.as_deref().unwrap_or("no driver").to_owned(),
-            Err(error) => agent_core::text::chain(error),
+            Err(error) => chain(error),
         };
-        if last.get(&bdf) != Some(&state) {
+        if self.0.get(&bdf) != Some(&state) {
             match &outcome.result {
                 Ok(_) if outcome.step.action == Action::Leave => {
                     info!(event = "device_seen", device = %bdf, reason = outcome.step.reason, "{state}");
@@ -249,157 +259,261 @@ fn tell_changes(last: &mut BTreeMap<Bdf, String>, outcomes: &[Outcome]) {
                 Err(error) => warn!(event = "device_failed", device = %bdf, code = error.code(), "{state}"),
             }
         }
-        now.insert(bdf, state);
+        self.0.insert(bdf, state);
     }
-    *last = now;
+
+    fn retain(&mut self, is_wanted: impl Fn(&Bdf) -> bool) {
+        self.0.retain(|bdf, _| is_wanted(bdf));
+    }
 }
 
-/// What every command works with.
-struct Manager {
-    root: SysRoot,
-    host_root: PathBuf,
-    state_dir: PathBuf,
-    executor: Executor,
+/// The files of other agents that decide what is wanted.
+struct Files {
+    paths: Vec<PathBuf>,
+    seen: Vec<Stamp>,
 }
 
-impl Manager {
-    fn new(HostArgs { host_root, state_dir, lock_timeout, write_timeout }: HostArgs, lock_default: Duration) -> Self {
-        let root = SysRoot::host();
-        let host_root = agent_core::host_root(host_root);
-        let mut places = Places::at(root.clone(), "vfio-manager");
-        // Where the host's /run is not mounted, its place is below the host's root.
-        places.run = host_root.join("run");
-        let state_dir = if state_dir == Path::new(STATE_DIR) { state_dir_under(&host_root) } else { state_dir };
-        let executor = Executor::new(places, host_root.clone(), lock_timeout.unwrap_or(lock_default), write_timeout);
-        Self { root, host_root, state_dir, executor }
+/// What is another when a file was written: its time, its number, its size.
+type Stamp = Option<(i64, i64, u64, u64)>;
+
+impl Files {
+    fn new(manager: &Manager) -> Self {
+        let mut paths = vec![manager.state_dir.join(DEVICES_FILE)];
+        paths.extend(manager.mode_file.clone());
+        let seen = paths.iter().map(|path| stamp(path)).collect();
+        Self { paths, seen }
     }
 
-    fn inventory(&self) -> anyhow::Result<Inventory> {
-        let inventory = Inventory::scan(&self.root);
-        if inventory.functions.is_empty() {
-            bail!(
-                "No PCI function can be seen below {}; mount the host's /sys into this container",
-                self.root.join("sys/bus/pci/devices").display()
-            );
+    async fn changed(&mut self) {
+        loop {
+            sleep(FILES).await;
+            let now: Vec<Stamp> = self.paths.iter().map(|path| stamp(path)).collect();
+            if now != self.seen {
+                self.seen = now;
+                return;
+            }
         }
-        for problem in &inventory.problems {
-            warn!(path = problem.path, device = problem.bdf.map(tracing::field::display), "{}", problem.message);
+    }
+}
+
+fn stamp(path: &Path) -> Stamp {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.mtime(), meta.mtime_nsec(), meta.ino(), meta.size()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use agent_core::metrics::Metrics;
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::executor::SysfsWrite;
+    use crate::testing::Kernel;
+    use crate::validations::folder;
+
+    const GPU: &str = "0000:41:00.0";
+    const OTHER: &str = "0000:42:00.0";
+
+    #[derive(Clone, Default)]
+    struct Bell(Arc<Notify>);
+
+    impl Changes for Bell {
+        async fn changed(&mut self) {
+            self.0.notified().await;
         }
-        Ok(inventory)
+
+        fn drain(&mut self) {}
     }
 
-    fn plan_bind(&self, inventory: &Inventory, policy: &Policy) -> Vec<Step> {
-        let release = inventory.host.kernel_release.as_deref().unwrap_or_default();
-        // Over a megabyte of text: read only when there is something to bind.
-        let aliases = LazyCell::new(|| VfioAliases::read(&[PathBuf::from("/"), self.host_root.clone()], release));
-        plan_bind(inventory, policy, |function: &PciFunction| aliases.choose(function.modalias.as_deref()))
-    }
-
-    fn reconcile(&self, policy: &Policy) -> anyhow::Result<Vec<Outcome>> {
-        let inventory = self.inventory()?;
-        let steps = self.plan_bind(&inventory, policy);
-        self.act(&inventory, steps)
-    }
-
-    /// Carries out the steps, with what the devices were before on disk before any of them is touched.
-    fn act(&self, inventory: &Inventory, steps: Vec<Step>) -> anyhow::Result<Vec<Outcome>> {
-        if steps.iter().all(|step| matches!(step.action, Action::Leave | Action::Refuse)) {
-            return Ok(self.executor.run(inventory, steps, &no_records(inventory)));
-        }
-        let dir = HostDir::open(&self.state_dir)
-            .with_context(|| format!("The state directory {} cannot be used", self.state_dir.display()))?;
-        let boot_id = inventory.host.boot_id.as_deref().context("The kernel's boot id cannot be read")?;
-        let prior = BindingsFile::load(&dir, boot_id).unwrap_or_else(|error| {
-            // Written whole or not at all, so this is somebody's hand. Without it nothing is known of former drivers, which
-            // is what it would be on a new node.
-            warn!(
-                "What the devices were before cannot be read and is recorded anew: {}",
-                agent_core::text::chain(&error)
-            );
-            None
-        });
-        let prior = prior.unwrap_or_else(|| no_records(inventory));
-        let prior = match records(inventory, &steps, &prior, jiff::Timestamp::now()) {
-            Some(file) => stored(&dir, file)?,
-            None => prior,
+    /// A keeper whose poll never comes.
+    fn keeper(kernel: &Kernel, write: Option<SysfsWrite>) -> (Keeper, Metrics) {
+        let executor = kernel.executor();
+        let executor = match write {
+            Some(write) => executor.with_kernel(write),
+            None => executor,
         };
-        let outcomes = self.executor.run(inventory, steps, &prior);
-        if let Some(file) = without_returned(&outcomes, &prior) {
-            stored(&dir, file)?;
-        }
-        Ok(outcomes)
+        let exposed = Metrics::new();
+        let policy = Policy { take_from_driver: true, ..Policy::default() };
+        let keeper = Keeper {
+            manager: Arc::new(kernel.manager(executor)),
+            policy,
+            poll_interval: Duration::from_hours(1),
+            metrics: BindingMetrics::register(&exposed),
+            dump: StateDump::default(),
+            status: Some(Mutex::new(StatusFiles::new(folder(kernel.fake.path())))),
+        };
+        (keeper, exposed)
     }
-}
 
-fn no_records(inventory: &Inventory) -> BindingsFile {
-    BindingsFile { origin: Origin::now(inventory.host.boot_id.clone().unwrap_or_default(), None), devices: Vec::new() }
-}
-
-fn stored(dir: &HostDir, mut file: BindingsFile) -> anyhow::Result<BindingsFile> {
-    file.origin.written_at = jiff::Timestamp::now();
-    file.store(dir).context("What the devices were before cannot be recorded, so nothing was touched")?;
-    Ok(file)
-}
-
-/// Whether a `run` of this container holds its lock.
-fn held_by_daemon(path: &Path) -> bool {
-    let Ok(file) = File::open(path) else { return false };
-    matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
-}
-
-fn take_daemon_lock(path: &Path) -> anyhow::Result<File> {
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .read(true)
-        .write(true)
-        .custom_flags(nix::libc::O_NOFOLLOW)
-        .open(path);
-    let mut file =
-        file.with_context(|| format!("The lock {} cannot be made; choose another with --daemon-lock", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            let mut holder = String::new();
-            // Who it is, as far as it could write that down.
-            let _ = (&file).take(32).read_to_string(&mut holder);
-            let holder: String = holder.chars().filter(char::is_ascii_digit).collect();
-            let holder = if holder.is_empty() { holder } else { format!(" (process {holder})") };
-            bail!("Another vfio-manager{holder} holds {}; only one can run here", path.display())
-        }
-        Err(TryLockError::Error(error)) => {
-            return Err(error).with_context(|| format!("The lock {} cannot be taken", path.display()));
+    async fn until(what: &str, is_so: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !is_so() {
+            assert!(begun.elapsed() < Duration::from_mins(1), "{what}");
+            sleep(Duration::from_millis(5)).await;
         }
     }
-    // For people only: a lock without a name is as good a lock.
-    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-    Ok(file)
-}
 
-fn plan_table(steps: &[Step]) -> String {
-    table(steps.iter().map(|step| (step.bdf, step.action.to_string(), step.reason.clone())))
-}
+    /// Keeps while `during` goes on.
+    async fn while_kept(keeper: &Keeper, bell: &Bell, during: impl Future<Output = ()>) {
+        let shutdown = Shutdown::manual();
+        let looked = readiness::Registry::default().register("look");
+        let (kept, ()) = tokio::join!(keeper.keep(bell.clone(), &shutdown, &looked), async {
+            during.await;
+            shutdown.trigger();
+        });
+        kept.unwrap();
+    }
 
-fn outcome_table(outcomes: &[Outcome]) -> String {
-    table(outcomes.iter().map(|outcome| match &outcome.result {
-        Ok(driver) => {
-            (outcome.step.bdf, driver.clone().unwrap_or_else(|| "no driver".into()), outcome.step.reason.clone())
+    #[tokio::test]
+    async fn what_is_plugged_in_is_bound_at_the_kernels_event() {
+        let kernel = Kernel::new();
+        kernel.fake.gpu(GPU, 0x2330).group(5);
+        let (keeper, _) = keeper(&kernel, None);
+        let bell = Bell::default();
+        let ready = folder(kernel.fake.path()).join("vfio-pci-ready");
+        while_kept(&keeper, &bell, async {
+            let bound = |bdf: &str| kernel.driver(bdf).as_deref() == Some("vfio-pci");
+            until("bound at start", || bound(GPU) && ready.exists()).await;
+            let mut longest = Duration::ZERO;
+            // Plugged in; and taken out and put back into another group.
+            for (bdf, group, comes_back) in [(OTHER, 6, false), (GPU, 9, true), (OTHER, 5, true)] {
+                if comes_back {
+                    kernel.fake.remove(bdf);
+                }
+                kernel.fake.gpu(bdf, 0x2330).group(group);
+                let begun = Instant::now();
+                bell.0.notify_one();
+                until("bound at the event", || bound(bdf)).await;
+                longest = longest.max(begun.elapsed());
+            }
+            eprintln!("bound at most {longest:?} after the event");
+            until("said to be ready", || ready.exists()).await;
+        })
+        .await;
+        assert!(ready.exists(), "a restart withdraws nothing");
+    }
+
+    #[tokio::test]
+    async fn restarts_touch_nothing_while_a_virtual_machine_holds_a_group() {
+        let kernel = Kernel::new();
+        for (bdf, group) in [(GPU, 5), (OTHER, 6)] {
+            kernel.fake.gpu(bdf, 0x2330).group(group).driver_override("vfio-pci");
+            kernel.fake.drivers_probe(bdf);
         }
-        Err(error) => (outcome.step.bdf, error.code().into(), agent_core::text::chain(error)),
-    }))
-}
+        kernel.held.lock().unwrap().insert(5);
+        let ready = folder(kernel.fake.path()).join("vfio-pci-ready");
+        for _ in 0..20 {
+            let (keeper, exposed) = keeper(&kernel, None);
+            // The files are said anew by each.
+            let _ = fs::remove_file(&ready);
+            while_kept(&keeper, &Bell::default(), async {
+                until("looked", || ready.exists()).await;
+            })
+            .await;
+            let text = exposed.encode().unwrap();
+            let line = "ccnode_vfio_devices{wanted=\"vfio-pci\",driver=\"vfio-pci\"} 2\n";
+            assert!(text.contains(line), "{text}");
+        }
+        let writes = kernel.writes.lock().unwrap().clone();
+        assert!(writes.is_empty(), "{writes:?}");
+        eprintln!("20 restarts, {} writes", writes.len());
+    }
 
-fn table(rows: impl Iterator<Item = (Bdf, String, String)>) -> String {
-    let mut rows: Vec<_> = rows.collect();
-    if rows.is_empty() {
-        return "No NVIDIA GPU on this node\n".into();
+    #[tokio::test]
+    async fn a_device_that_blocks_is_told_and_the_others_go_on() {
+        let kernel = Kernel::new();
+        kernel.fake.load_driver("nouveau");
+        kernel.fake.gpu(GPU, 0x2330).group(5).driver("nouveau");
+        let (release, gate) = std::sync::mpsc::channel::<()>();
+        let (write, gate) = (kernel.write(), Mutex::new(gate));
+        let blocking: SysfsWrite = Arc::new(move |path, value| {
+            if path.ends_with("unbind") {
+                // Until the test ends it.
+                let _ = gate.lock().unwrap().recv();
+            }
+            write(path, value)
+        });
+        let (keeper, exposed) = keeper(&kernel, Some(blocking));
+        let bell = Bell::default();
+        let ready = folder(kernel.fake.path()).join("vfio-pci-ready");
+        while_kept(&keeper, &bell, async {
+            let says = |line: &str| exposed.encode().unwrap().contains(line);
+            until("blocked", || says("ccnode_vfio_failures_total{code=\"SysfsWriteBlocked\"}")).await;
+            assert!(says("ccnode_vfio_blocked_writes 1\n"));
+            // It hangs on, and what is plugged in meanwhile is bound.
+            kernel.fake.gpu(OTHER, 0x2330).group(6);
+            bell.0.notify_one();
+            until("the other is bound", || kernel.driver(OTHER).as_deref() == Some("vfio-pci")).await;
+            assert_eq!(kernel.driver(GPU).as_deref(), Some("nouveau"));
+            assert!(!ready.exists());
+            release.send(()).unwrap();
+            drop(release);
+            until("bound in the end", || kernel.driver(GPU).as_deref() == Some("vfio-pci") && ready.exists()).await;
+            until("none blocked", || says("ccnode_vfio_blocked_writes 0\n")).await;
+        })
+        .await;
+        let unbinds = kernel.writes.lock().unwrap().iter().filter(|line| line.contains("unbind")).count();
+        assert_eq!(unbinds, 1, "no second one is sent after it");
     }
-    rows.sort();
-    let width = rows.iter().map(|(_, result, _)| result.len()).max().unwrap_or_default();
-    let mut text = String::new();
-    for (bdf, result, reason) in rows {
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "{bdf}  {result:width$}  {reason}");
+
+    #[tokio::test]
+    async fn what_the_hook_has_given_back_is_not_bound_again() {
+        let kernel = Kernel::new();
+        let mark = kernel.fake.path().join("given-back");
+        let (keeper, _) = keeper(&kernel, None);
+        let manager = kernel.manager(kernel.executor()).until_given_back(mark.clone());
+        let keeper = Keeper { manager: Arc::new(manager), ..keeper };
+        let bell = Bell::default();
+        let ready = folder(kernel.fake.path()).join("vfio-pci-ready");
+        kernel.fake.bridge("0000:40:00.0");
+        while_kept(&keeper, &bell, async {
+            until("looked", || ready.exists()).await;
+            fs::write(&mark, "").unwrap();
+            kernel.fake.gpu(GPU, 0x2330).group(5);
+            bell.0.notify_one();
+            until("looked again", || !ready.exists()).await;
+        })
+        .await;
+        assert_eq!(kernel.driver(GPU), None);
+        assert!(kernel.writes.lock().unwrap().is_empty());
     }
-    text
+
+    #[tokio::test]
+    async fn a_policy_that_cannot_be_followed_ends_the_daemon() {
+        let kernel = Kernel::new();
+        kernel.fake.gpu(GPU, 0x2330).group(5);
+        let (keeper, _) = keeper(&kernel, None);
+        let policy = Policy { selection: "numa=7".parse().unwrap(), under_operator: true, ..Policy::default() };
+        let keeper = Keeper { policy, ..keeper };
+        let looked = readiness::Registry::default().register("look");
+        let kept = keeper.keep(Bell::default(), &Shutdown::manual(), &looked).await;
+        assert!(kept.unwrap_err().to_string().contains("--select numa=7 leaves out 0000:41:00.0"));
+    }
+
+    #[tokio::test]
+    async fn a_change_of_modes_is_waited_for_and_its_end_is_seen() {
+        use agent_core::hostfile::HostDir;
+        use agent_core::state::{DevicesFile, Origin, Transition};
+        let kernel = Kernel::new();
+        kernel.fake.gpu(GPU, 0x2330).group(5);
+        let (keeper, exposed) = keeper(&kernel, None);
+        let folder = HostDir::open(&keeper.manager.state_dir).unwrap();
+        let boot_id = kernel.inventory().host.boot_id.clone().unwrap();
+        let transition =
+            Transition { target: "on".into(), step: "own".into(), started_at: jiff::Timestamp::UNIX_EPOCH };
+        let mut file =
+            DevicesFile { origin: Origin::now(boot_id, None), transition: Some(transition), devices: Vec::new() };
+        file.store(&folder).unwrap();
+        while_kept(&keeper, &Bell::default(), async {
+            let waits = "ccnode_vfio_failures_total{code=\"DeviceInTransition\"}";
+            until("waited", || exposed.encode().unwrap().contains(waits)).await;
+            assert_eq!(kernel.driver(GPU), None);
+            file.transition = None;
+            file.store(&folder).unwrap();
+            until("bound", || kernel.driver(GPU).as_deref() == Some("vfio-pci")).await;
+        })
+        .await;
+    }
 }

@@ -4,11 +4,10 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use vfio_manager::args::Cli;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::from_words(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
             // A standard stream that is closed must not hide the exit code.
@@ -21,7 +20,7 @@ fn main() -> ExitCode {
         eprintln!("{error}");
         return ExitCode::FAILURE;
     }
-    vfio_manager::controller::run(cli).unwrap_or_else(|error| {
+    vfio_manager::commands::run(cli).unwrap_or_else(|error| {
         eprintln!("vfio-manager: {error:#}");
         ExitCode::FAILURE
     })

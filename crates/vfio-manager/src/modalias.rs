@@ -1,9 +1,11 @@
 //! Which VFIO driver the running kernel has for a device: the best match of its modalias among the `vfio_pci:` lines of
 //! `modules.alias` (operator-contract section 6.6).
 
-use std::fs;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use tracing::warn;
+
+use crate::driver::read_bounded;
 
 /// The driver for every device that no variant driver claims.
 pub const GENERIC: &str = "vfio-pci";
@@ -25,14 +27,22 @@ const FIELD_NAMES: [&str; 7] = ["v", "d", "sv", "sd", "bc", "sc", "i"];
 const FIELD_DIGITS: [usize; 7] = [8, 8, 8, 8, 2, 2, 2];
 
 impl VfioAliases {
-    /// Reads `modules.alias` of `release` below the first of `roots` that has it. A kernel without the file has no
-    /// variant drivers that we could know of: every device then gets [`GENERIC`].
+    /// Reads `modules.alias` of `release` below the first of `roots` that has it. A kernel whose file cannot be read has no
+    /// variant drivers that we could know of: every device then gets [`GENERIC`], and the log says so.
     pub fn read(roots: &[PathBuf], release: &str) -> Self {
-        let file = roots
-            .iter()
-            .map(|root| root.join("lib/modules").join(release).join("modules.alias"))
-            .find_map(|path| read_bounded(&path));
-        file.map(|text| Self::parse(&text)).unwrap_or_default()
+        let paths: Vec<_> =
+            roots.iter().map(|root| root.join("lib/modules").join(release).join("modules.alias")).collect();
+        let Some(text) = paths.iter().find_map(|path| read_bounded(path, MAX_ALIAS_FILE)) else {
+            let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+            warn!(
+                code = "NoModulesAlias",
+                "Whether this kernel has a VFIO driver made for these devices cannot be told, so they get {GENERIC}: none of {} \
+                 can be read; mount the host's /lib/modules",
+                paths.join(", ")
+            );
+            return Self::default();
+        };
+        Self::parse(&text)
     }
 
     /// Parses the text of `modules.alias`; lines that do not parse are skipped.
@@ -92,12 +102,6 @@ fn fields(text: &str) -> Option<Fields> {
 fn is_module_name(word: &str) -> bool {
     word.starts_with(|c: char| c.is_ascii_alphanumeric())
         && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
-}
-
-fn read_bounded(path: &Path) -> Option<String> {
-    let mut bytes = Vec::new();
-    fs::File::open(path).ok()?.take(MAX_ALIAS_FILE).read_to_end(&mut bytes).ok()?;
-    Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]
