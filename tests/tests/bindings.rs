@@ -153,7 +153,7 @@ fn what_is_taken_by_hand_is_bound_again_and_other_drivers_only_when_asked() -> R
          while ! test -e {device}/driver; do usleep 5000; i=$((i+1)); test $i -lt 4000 || exit 1; done
          read b _ < /proc/uptime; echo $a $b"
     );
-    let times = sh(&node, &script)?;
+    let times = sh(&node, &script).with_context(|| node.logs())?;
     let [gone, back] = times.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?[..] else {
         anyhow::bail!("{times}")
     };
@@ -255,5 +255,176 @@ fn a_host_without_iommu_is_told_the_cause_and_the_cure() -> Result<()> {
     // It stays, and says it once.
     ensure!(node.agent("vfio-manager")?.is_running(), "{}", node.logs());
     ensure!(refused(&node.logs()), "{}", node.logs());
+    Ok(())
+}
+
+/// Binds all GPUs of a node from each state that they may be in, to the driver that is theirs, and gives them back.
+fn bound_from_every_state(topology: &str, driver: &str, more: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
+    let Some(node) = node(topology, &[])? else { return Ok(()) };
+    // The kernel of the lab is older than this driver's knowledge of the lab's GPUs.
+    let alias = "alias vfio_pci:v000010DEd00002941sv*sd*bc*sc*i* nvgrace_gpu_vfio_pci";
+    sh(&node, &format!("echo '{alias}' >> /lib/modules/$(uname -r)/modules.alias"))?;
+    let bdfs: Vec<String> = gpu_bdfs(&node)?.into_iter().collect();
+    let all = |driver: &str| vec![driver.to_owned(); bdfs.len()];
+    let binds = |argv: &[&str], from: &str| -> Result<()> {
+        let output = run(&node, argv)?;
+        ensure!(output.success(), "{from}: {}{}", output.text(), output.error_text());
+        assert_eq!(drivers(&node)?, all(driver), "{from}: {}", output.text());
+        Ok(())
+    };
+    let gives_back = |driver: &str| -> Result<()> {
+        let output = run(&node, &["vfio-manage", "unbind", "--all"])?;
+        ensure!(
+            output.success() && output.text().contains("Left as it was: nothing"),
+            "{}{}",
+            output.text(),
+            output.error_text()
+        );
+        assert_eq!(drivers(&node)?, all(driver));
+        Ok(())
+    };
+    assert_eq!(drivers(&node)?, all("-"));
+    binds(&["vfio-manager", "run", "--once"], "without driver")?;
+    nothing_happens(&node, "already right", || binds(&["vfio-manager", "run", "--once"], "already right"))?;
+    gives_back("-")?;
+
+    // Killed in the middle: one is bound, of one the override is written.
+    let (first, last) = (bdfs.first().context("no GPU")?, bdfs.last().context("no GPU")?);
+    node.look(&["vfio-manage", "bind", "-d", first])?;
+    sh(&node, &format!("echo {driver} > /sys/bus/pci/devices/{last}/driver_override"))?;
+    binds(&["vfio-manager", "run", "--once"], "half bound")?;
+    sh(&node, "rm /run/nvidia/ccnode/bindings.json")?;
+    gives_back("-")?;
+
+    let other: Vec<String> = bdfs
+        .iter()
+        .map(|bdf| {
+            let device = format!("/sys/bus/pci/devices/{bdf}");
+            format!("echo uio_pci_generic > {device}/driver_override && echo {bdf} > /sys/bus/pci/drivers_probe")
+        })
+        .collect();
+    sh(&node, &format!("modprobe uio_pci_generic && {}", other.join(" && ")))?;
+    assert_eq!(drivers(&node)?, all("uio_pci_generic"));
+    let refused = run(&node, &["vfio-manager", "run", "--once"])?;
+    ensure!(!refused.success() && refused.text().contains("--take-from-driver"), "{}", refused.text());
+    assert_eq!(drivers(&node)?, all("uio_pci_generic"));
+    binds(&["vfio-manager", "run", "--once", "--take-from-driver"], "on another driver")?;
+    gives_back("uio_pci_generic")?;
+    more(&node)
+}
+
+#[test]
+fn two_h100_are_bound_from_every_state() -> Result<()> {
+    bound_from_every_state("h100x2", "vfio-pci", |_| Ok(()))
+}
+
+#[test]
+fn a_locked_down_host_is_bound_from_every_state() -> Result<()> {
+    bound_from_every_state("lockdown", "vfio-pci", |_| Ok(()))
+}
+
+#[test]
+fn gpus_of_all_ages_are_bound_from_every_state() -> Result<()> {
+    bound_from_every_state("mixed", "vfio-pci", |_| Ok(()))
+}
+
+#[test]
+fn grace_gpus_get_the_driver_that_the_kernel_has_for_them() -> Result<()> {
+    bound_from_every_state("gb200", "nvgrace_gpu_vfio_pci", |node| {
+        let plan = node.look(&["vfio-manager", "plan", "--json", "--take-from-driver"])?.text();
+        let plan: serde_json::Value = serde_json::from_str(&plan)?;
+        let steps = plan["steps"].as_array().context("no steps")?;
+        ensure!(steps.len() == 4 && steps.iter().all(|step| step["module"] == "nvgrace_gpu_vfio_pci"), "{plan:#}");
+        Ok(())
+    })
+}
+
+#[test]
+fn the_audio_function_of_a_board_goes_along() -> Result<()> {
+    bound_from_every_state("rtx-pro-6000", "vfio-pci", |node| {
+        node.look(&["vfio-manager", "run", "--once", "--take-from-driver"])?;
+        for name in ["audio0", "audio1"] {
+            let link = format!("basename $(readlink /sys/bus/pci/devices/{}/driver)", node.guest.bdf(name)?);
+            assert_eq!(sh(node, &link)?.trim(), "vfio-pci", "{name}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_switches_of_a_baseboard_go_along_when_the_node_is_to_be_in_protected_pcie() -> Result<()> {
+    bound_from_every_state("hgx-h100", "vfio-pci", |node| {
+        let switches = |mode: &str| -> Result<usize> {
+            let command =
+                format!("echo {mode} > /run/mode && vfio-manager plan --take-from-driver --cc-mode-file /run/mode");
+            let plan = sh(node, &command)?;
+            Ok(plan.lines().filter(|line| line.contains("bind to")).count())
+        };
+        let gpus = gpu_bdfs(node)?.len();
+        assert_eq!((switches("on")?, switches("ppcie")?), (gpus, gpus + 4));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_foreign_member_of_the_group_is_named() -> Result<()> {
+    let Some(node) = node("acs-off", &[])? else { return Ok(()) };
+    let nic = node.guest.bdf("nic0")?;
+    let device = format!("/sys/bus/pci/devices/{nic}");
+    sh(
+        &node,
+        &format!(
+            "modprobe uio_pci_generic && echo uio_pci_generic > {device}/driver_override && echo {nic} > /sys/bus/pci/drivers_probe"
+        ),
+    )?;
+    let output = run(&node, &["vfio-manager", "run", "--once"])?;
+    ensure!(!output.success(), "{}", output.text());
+    let named =
+        |line: &str| line.contains(&nic) && line.contains("BindRefused") && line.contains("is on uio_pci_generic");
+    ensure!(output.text().lines().any(named), "{}", output.text());
+    assert_eq!(sh(&node, &format!("basename $(readlink {device}/driver)"))?.trim(), "uio_pci_generic");
+    Ok(())
+}
+
+/// The three command lines of the operator's pod beside our daemon (operator-contract sections 6.1 and 6.10).
+#[test]
+fn a_pod_that_is_replaced_changes_no_binding() -> Result<()> {
+    let Some(mut node) = node("h100x2", &[])? else { return Ok(()) };
+    node.start_agent(&["/bin/sh", "-c", "exec vfio-manager run"], &[])?;
+    let bound = |text: &str| text.matches("device_bound").count() == 2;
+    node.agent("/bin/sh")?.process.wait_output(STEP, bound).with_context(|| node.logs())?;
+    nothing_happens(&node, "the init container of the next pod", || {
+        for word in ["preflight_check", "uninstall_driver"] {
+            let output = run(&node, &["driver-manager", word])?;
+            ensure!(output.success() && output.text().contains("nothing"), "{}{}", output.text(), output.error_text());
+        }
+        Ok(())
+    })?;
+    nothing_happens(&node, "the hook of this pod", || {
+        let hook = run(&node, &["/bin/sh", "-c", "vfio-manage unbind --all"])?;
+        ensure!(hook.success() && hook.text().contains("left as they are"), "{}", hook.text());
+        Ok(())
+    })?;
+    assert_eq!(drivers(&node)?, ["vfio-pci", "vfio-pci"]);
+
+    // The node is for something else from now on.
+    sh(&node, "mkdir -p /run/nvidia/validations && echo container > /run/nvidia/validations/workload-type")?;
+    let hook = run(&node, &["/bin/sh", "-c", "vfio-manage unbind --all"])?;
+    ensure!(hook.success() && hook.text().contains("Given back: 2"), "{}{}", hook.text(), hook.error_text());
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(drivers(&node)?, ["-", "-"], "the daemon binds them no more\n{}", node.logs());
+    ensure!(node.agent("/bin/sh")?.is_running(), "{}", node.logs());
+
+    // A driver of the host's own is refused at once.
+    sh(
+        &node,
+        "mkdir -p /usr/bin && printf '#!/bin/sh\\necho 570.86.15\\n' > /usr/bin/nvidia-smi && chmod +x /usr/bin/nvidia-smi",
+    )?;
+    let refused = run(&node, &["driver-manager", "uninstall_driver"])?;
+    ensure!(
+        !refused.success() && refused.error_text().contains("its own NVIDIA driver (570.86.15)"),
+        "{}",
+        refused.error_text()
+    );
     Ok(())
 }

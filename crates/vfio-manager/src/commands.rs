@@ -103,14 +103,17 @@ fn unbind(
         print!("{}", plan_table(&manager.look_to_unbind(&policy)?.steps));
         return Ok(ExitCode::SUCCESS);
     }
-    let look = manager.settled(|| manager.look_to_unbind(&policy))?;
+    // A change of modes is not waited for when all are to be given back: as a hook this is called when cc-manager has paused
+    // its pod for that very change, and what is bound is as good for it.
+    let look = || manager.look_to_unbind(&policy);
+    let look = if all { look()? } else { manager.settled(look)? };
     let outcomes = manager.act(&look, Some(deadline.saturating_sub(begun.elapsed())))?;
     tell(&outcomes);
     println!("{}", left_text(&outcomes));
-    // A held device that stays bound is what `--all` promises, and no failure.
+    // That a held device stays bound is what `--all` promises, and no failure.
     let failed = |outcome: &Outcome| match &outcome.result {
         Ok(_) => false,
-        Err(BindError::Held { .. }) => strict || !all,
+        Err(BindError::Held { .. } | BindError::InTransition { .. }) => strict || !all,
         Err(_) => true,
     };
     Ok(exit_code(!outcomes.iter().any(failed)))
@@ -311,4 +314,45 @@ fn table(rows: impl Iterator<Item = (Bdf, String, String)>) -> String {
         let _ = writeln!(text, "{bdf}  {result:width$}  {reason}");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_told_by_code_and_address() {
+        let bdf = |bus| Bdf { domain: 0, bus, device: 0, function: 0 };
+        let outcome = |bus, action, result| {
+            let step = Step { bdf: bdf(bus), action, reason: String::new() };
+            Outcome { step, result }
+        };
+        let held = |bus| Err(BindError::Held { bdf: bdf(bus), held_by: vec!["pid 7 (qemu)".into()] });
+        let mut outcomes = vec![
+            outcome(1, Action::Unbind, Ok(None)),
+            outcome(2, Action::Leave, Ok(None)),
+            outcome(3, Action::Unbind, Ok(Some("nouveau".into()))),
+        ];
+        assert_eq!(left_text(&outcomes), "Given back: 2. Left as it was: nothing");
+        outcomes.extend([4, 5].map(|bus| outcome(bus, Action::Unbind, held(bus))));
+        outcomes.push(outcome(6, Action::Unbind, Err(BindError::Unfinished { bdf: bdf(6), seconds: 20 })));
+        assert_eq!(
+            left_text(&outcomes),
+            "Given back: 2. Left as it was: DeviceHeld 0000:04:00.0 0000:05:00.0; Unfinished 0000:06:00.0"
+        );
+    }
+
+    #[test]
+    fn a_daemon_is_known_by_its_lock_and_only_while_it_lives() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("lock");
+        assert!(!held_by_daemon(&path));
+        let lock = take_daemon_lock(&path).unwrap();
+        assert!(held_by_daemon(&path));
+        let second = take_daemon_lock(&path).unwrap_err().to_string();
+        assert!(second.contains(&format!("(process {})", std::process::id())), "{second}");
+        drop(lock);
+        assert!(!held_by_daemon(&path));
+        assert_eq!(given_back(&path), place.path().join("lock.given-back"));
+    }
 }

@@ -72,6 +72,8 @@ struct Memory {
     gpus: BTreeSet<Bdf>,
     /// Devices whose step has not ended: nothing else is begun with them.
     running: BTreeMap<Bdf, Step>,
+    /// Those that the last look passed over because of that: they are looked at again when their step has ended.
+    passed_over: BTreeSet<Bdf>,
     /// What was last said of each device.
     told: Told,
     /// What was last said of a look that failed.
@@ -145,6 +147,9 @@ impl Keeper {
                             is_wrong = true;
                             next = next.min(Instant::now() + retry.next_delay());
                         }
+                        if memory.passed_over.contains(&outcome.step.bdf) {
+                            next = next.min(Instant::now() + SETTLE);
+                        }
                         self.hear(&mut memory, outcome);
                     }
                     () = sleep_until(next) => break,
@@ -173,8 +178,9 @@ impl Keeper {
         let is_wanted = |bdf: &Bdf| look.steps.iter().any(|step| step.bdf == *bdf);
         memory.devices.retain(|bdf, _| is_wanted(bdf));
         memory.told.retain(is_wanted);
-        let steps: Vec<Step> =
-            look.steps.iter().filter(|step| !memory.running.contains_key(&step.bdf)).cloned().collect();
+        let is_running = |step: &&Step| memory.running.contains_key(&step.bdf);
+        memory.passed_over = look.steps.iter().filter(is_running).map(|step| step.bdf).collect();
+        let steps: Vec<Step> = look.steps.iter().filter(|step| !is_running(step)).cloned().collect();
         let acts = steps.iter().filter(|step| step.action.is_act());
         memory.running.extend(acts.map(|step| (step.bdf, step.clone())));
         let is_gpu = |step: &&Step| look.inventory.get(step.bdf).is_none_or(PciFunction::is_gpu);
@@ -456,6 +462,43 @@ mod tests {
         .await;
         let unbinds = kernel.writes.lock().unwrap().iter().filter(|line| line.contains("unbind")).count();
         assert_eq!(unbinds, 1, "no second one is sent after it");
+    }
+
+    /// A person may take a device away between the end of its step and the next look, and the kernel's event of it may be one
+    /// of those that were forgotten.
+    #[tokio::test]
+    async fn a_device_that_was_at_work_during_a_look_is_looked_at_again() {
+        let kernel = Kernel::new();
+        kernel.fake.gpu(GPU, 0x2330).group(5);
+        let (release, gate) = std::sync::mpsc::channel::<()>();
+        let (write, gate) = (kernel.write(), Mutex::new(gate));
+        let probing = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let probed = Arc::clone(&probing);
+        let slow: SysfsWrite = Arc::new(move |path, value| {
+            if path.ends_with("drivers_probe") && value == GPU {
+                probed.store(true, std::sync::atomic::Ordering::SeqCst);
+                // Until the test ends it.
+                let _ = gate.lock().unwrap().recv();
+            }
+            write(path, value)
+        });
+        let (keeper, exposed) = keeper(&kernel, Some(slow));
+        let executor =
+            kernel.executor().with_kernel(keeper.manager.executor.kernel()).with_write_timeout(Duration::from_mins(2));
+        let keeper = Keeper { manager: Arc::new(kernel.manager(executor)), ..keeper };
+        let bell = Bell::default();
+        while_kept(&keeper, &bell, async {
+            until("at work", || probing.load(std::sync::atomic::Ordering::SeqCst)).await;
+            kernel.fake.gpu(OTHER, 0x2330).group(6);
+            bell.0.notify_one();
+            let bound = "ccnode_vfio_actions_total{action=\"bind\",result=\"done\"} 1\n";
+            until("looked meanwhile", || exposed.encode().unwrap().contains(bound)).await;
+            // Nobody rings for what happens now.
+            kernel.fake.unbind(OTHER).unwrap();
+            release.send(()).unwrap();
+            until("looked again", || kernel.driver(OTHER).is_some() && kernel.driver(GPU).is_some()).await;
+        })
+        .await;
     }
 
     #[tokio::test]

@@ -247,6 +247,19 @@ impl Executor {
         Self { write, ..self }
     }
 
+    /// How it writes.
+    #[cfg(test)]
+    pub(crate) fn kernel(&self) -> SysfsWrite {
+        Arc::clone(&self.write)
+    }
+
+    /// The same with another deadline of writes.
+    #[cfg(test)]
+    #[must_use]
+    pub(crate) fn with_write_timeout(self, write_timeout: Duration) -> Self {
+        Self { write_timeout, ..self }
+    }
+
     /// The same with another kernel's word on who holds a group.
     #[cfg(test)]
     #[must_use]
