@@ -428,3 +428,16 @@ fn a_pod_that_is_replaced_changes_no_binding() -> Result<()> {
     );
     Ok(())
 }
+
+/// In a user namespace of its own a process is still root to the files of root, and has no capability over the machine.
+#[test]
+fn binding_needs_to_be_root_and_no_capability() -> Result<()> {
+    let Some(node) = node("h100x2", &[])? else { return Ok(()) };
+    sh(&node, "modprobe vfio-pci && ! unshare -r modprobe pci-stub && ! grep -q pci_stub /proc/modules")?;
+    let output = run(&node, &["unshare", "-r", "vfio-manager", "run", "--once"])?;
+    ensure!(output.success(), "{}{}", output.text(), output.error_text());
+    assert_eq!(drivers(&node)?, ["vfio-pci", "vfio-pci"]);
+    node.look(&["unshare", "-r", "vfio-manage", "unbind", "--all"])?;
+    assert_eq!(drivers(&node)?, ["-", "-"]);
+    Ok(())
+}

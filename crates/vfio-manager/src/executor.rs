@@ -227,6 +227,8 @@ pub struct Executor {
     write_timeout: Duration,
     write: SysfsWrite,
     group_is_free: GroupIsFree,
+    /// Held while a group's file is tried: two functions of one group must not take each other for a virtual machine.
+    asking: Arc<Mutex<()>>,
     writing: Writing,
 }
 
@@ -237,7 +239,8 @@ impl Executor {
         let (write, writing): (SysfsWrite, _) = (Arc::new(write_sysfs), Arc::default());
         let asked = places.clone();
         let group_is_free: GroupIsFree = Arc::new(move |group| group_is_free(group, &asked));
-        Self { places, drivers, lock_timeout, write_timeout, write, group_is_free, writing }
+        let asking = Arc::default();
+        Self { places, drivers, lock_timeout, write_timeout, write, group_is_free, asking, writing }
     }
 
     /// The same over another kernel.
@@ -461,7 +464,11 @@ impl Executor {
         let bdf = function.bdf;
         let unknown = |reason: String| Err(BindError::PerhapsHeld { bdf, reason });
         let Some(group) = function.iommu_group else { return unknown("it has no IOMMU group".into()) };
-        match (self.group_is_free)(group) {
+        let asked = {
+            let _alone = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+            (self.group_is_free)(group)
+        };
+        match asked {
             Ok(true) => Ok(()),
             Ok(false) => {
                 let cdev = function.vfio_cdev.as_ref().map(|cdev| cdev.name.as_str());
@@ -1017,5 +1024,28 @@ mod tests {
         assert_eq!(error.code(), "DeviceHeld");
         assert!(error.to_string().contains("pid 9 (qemu)"), "{error}");
         assert!(kernel.writes.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn functions_of_one_group_do_not_take_each_other_for_a_virtual_machine() {
+        const FUNCTIONS: u8 = 8;
+        let kernel = Kernel::new();
+        for function in 0..FUNCTIONS {
+            let bdf = Bdf { domain: 0, bus: 0x41, device: 0, function };
+            kernel.fake.gpu(bdf, 0x2330).group(5).driver_override("vfio-pci");
+            kernel.fake.drivers_probe(bdf);
+        }
+        // As the kernel does: a second open is refused while there is a first.
+        let open = Mutex::new(());
+        let executor = kernel.executor().with_groups(Arc::new(move |_| {
+            let Ok(_file) = open.try_lock() else { return Ok(false) };
+            thread::sleep(Duration::from_millis(5));
+            Ok(true)
+        }));
+        let inventory = kernel.inventory();
+        let steps = plan_unbind(&inventory, &Policy::default(), &Knowledge::default());
+        let outcomes = executor.run(&inventory, &steps, &empty(), None);
+        assert_eq!(outcomes.len(), usize::from(FUNCTIONS));
+        assert!(outcomes.iter().all(|outcome| matches!(outcome.result, Ok(None))), "{outcomes:?}");
     }
 }
