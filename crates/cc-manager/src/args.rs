@@ -164,12 +164,6 @@ impl Args {
     }
 }
 
-/// The kubeconfig as one file; none where it is empty, or a list of files as `KUBECONFIG` may be: the client library
-/// reads and merges those by itself.
-pub(crate) fn single(kubeconfig: Option<&Path>) -> Option<&Path> {
-    kubeconfig.filter(|path| !path.as_os_str().is_empty() && !path.to_string_lossy().contains(':'))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,7 +183,7 @@ mod tests {
         ])
         .unwrap();
         assert_eq!((args.default_cc_mode.as_str(), args.node_name.as_deref()), ("devtools", Some("n1")));
-        assert_eq!(single(args.kubeconfig.as_deref()), Some(Path::new("/k")));
+        assert_eq!(args.kubeconfig.as_deref(), Some(Path::new("/k")));
         assert!(args.log.debug);
         let args = Args::try_parse_from(["cc-manager", "--default-cc-mode=off"]).unwrap();
         assert_eq!(args.readiness_file, Path::new("/run/nvidia/validations/.cc-manager-ctr-ready"));
@@ -247,13 +241,6 @@ mod tests {
             ("readiness-file", "CC_READINESS_FILE"),
         ] {
             assert_eq!(variable(flag), name);
-        }
-    }
-
-    #[test]
-    fn a_list_of_kubeconfigs_is_left_to_the_library() {
-        for (text, file) in [("", None), ("/a:/b", None), ("/a", Some("/a"))] {
-            assert_eq!(single(Some(Path::new(text))), file.map(Path::new));
         }
     }
 }

@@ -102,7 +102,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let dump = StateDump::default();
     let server = server.map(|server| server.with_state(dump.clone()));
     let client = tokio::select! {
-        client = node_object::connect(args::single(kubeconfig.as_deref())) => client?,
+        client = node_object::connect(kubeconfig.as_deref()) => client?,
         () = shutdown.wait() => return Ok(()),
     };
     let node = NodeClient::new(client, node_name, "ccnode-cc-manager");

@@ -73,7 +73,7 @@ impl std::fmt::Debug for NodeClient {
 /// `KUBECONFIG` or the home directory says. An empty path, and a list of files as `KUBECONFIG` may be, is left to the library,
 /// which reads and merges those by itself.
 pub async fn connect(kubeconfig: Option<&Path>) -> Result<kube::Client, NodeError> {
-    let kubeconfig = kubeconfig.filter(|path| !path.as_os_str().is_empty() && !path.to_string_lossy().contains(':'));
+    let kubeconfig = kubeconfig.filter(|path| is_one_file(path));
     let mut config = match kube::Config::incluster() {
         Ok(config) => config,
         Err(in_cluster) => {
@@ -103,6 +103,12 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<kube::Client, NodeErro
         source: Box::new(source),
     })?;
     Ok(builder.with_layer(&MapResponseLayer::new(keep_retry_after)).build())
+}
+
+/// Whether this names one file. Empty, or a list of files as `KUBECONFIG` may be, is left to the library, which reads and merges
+/// those by itself.
+fn is_one_file(kubeconfig: &Path) -> bool {
+    !kubeconfig.as_os_str().is_empty() && !kubeconfig.to_string_lossy().contains(':')
 }
 
 /// A server that is overloaded says so in plain text, and in a header how long to stay away; the client library keeps the
@@ -305,6 +311,13 @@ fn is_conflict(error: &kube::Error) -> bool {
 mod tests {
     use super::*;
     use http_body_util::BodyExt;
+
+    #[test]
+    fn a_list_of_kubeconfigs_is_left_to_the_library() {
+        for (text, is_one) in [("", false), ("/a:/b", false), ("/a", true)] {
+            assert_eq!(is_one_file(Path::new(text)), is_one, "{text:?}");
+        }
+    }
 
     #[tokio::test]
     async fn a_plain_refusal_keeps_its_time() {
