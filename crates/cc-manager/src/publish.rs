@@ -92,9 +92,9 @@ impl Publication {
         Self { verdict, status }
     }
 
-    /// The result's word, if there is an error to be told with it.
-    pub(crate) fn failure(&self) -> Option<&'static str> {
-        self.status.error.is_some().then(|| self.verdict.word())
+    /// The result's word and the code, if there is an error to be told.
+    pub(crate) fn failure(&self) -> Option<(&'static str, String)> {
+        self.status.error.as_ref().map(|error| (self.verdict.word(), error.code.clone()))
     }
 
     /// The annotation's text, with the time since when the node is what it is.

@@ -35,8 +35,8 @@ pub(super) struct Memory {
     pub(super) next_publish: Option<Instant>,
     pub(super) retry: Backoff,
     pub(super) api_retry: Backoff,
-    /// What was last written of a failure, and when.
-    pub(super) told_failure: Option<(&'static str, Instant)>,
+    /// The failures that were written since the last success, by result and code, and when each was.
+    pub(super) told_failures: BTreeMap<(&'static str, String), Instant>,
     /// What became of each device in the last attempt that is on record.
     pub(super) audited: Vec<(Bdf, Option<String>)>,
     /// The devices of the last round, and when to look whether these are others by now.
@@ -87,7 +87,7 @@ impl Memory {
             next_publish: None,
             retry: Backoff::new(settings.retry_min, settings.retry_max),
             api_retry: Backoff::new(Duration::from_millis(500).min(settings.retry_min), Duration::from_secs(30)),
-            told_failure: None,
+            told_failures: BTreeMap::new(),
             audited: Vec::new(),
             seen: Seen::default(),
             look_at: None,
@@ -111,7 +111,7 @@ impl Memory {
     pub(super) fn begin_anew(&mut self) {
         self.retry.reset();
         self.said.clear();
-        self.told_failure = None;
+        self.told_failures.clear();
         self.audited.clear();
     }
 

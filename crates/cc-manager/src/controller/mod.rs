@@ -258,8 +258,10 @@ impl<F: Firmware> Controller<F> {
                 self.memory.next_publish = None;
                 self.memory.api_retry.reset();
                 if written {
-                    let failure = publication.failure().map(|word| (word, Instant::now()));
-                    self.memory.told_failure = failure;
+                    match publication.failure() {
+                        Some(failure) => drop(self.memory.told_failures.insert(failure, Instant::now())),
+                        None => self.memory.told_failures.clear(),
+                    }
                     let state = publication.verdict.mode_state().unwrap_or("(unchanged)");
                     let ready = publication.verdict.ready_state();
                     tracing::info!(event = "published", step = "publish", state, ready, "Node object is up to date");
@@ -272,10 +274,10 @@ impl<F: Firmware> Controller<F> {
         }
     }
 
-    /// When a failure that goes on may be told of in other words, if that is later than now: nothing but the words would change,
-    /// and every change of a node object is news for a whole cluster.
+    /// When a failure that was told before may be told of again, if that is later than now: nothing but the words would change,
+    /// and every change of a node object is news for a whole cluster. A failure with another code is told at once.
     fn too_early_to_repeat(&self, publication: &Publication) -> Option<Instant> {
-        let (_, told_at) = self.memory.told_failure.filter(|(word, _)| publication.failure() == Some(word))?;
+        let told_at = *self.memory.told_failures.get(&publication.failure()?)?;
         let view = self.node.view();
         let change = view.node().map(|node| publication.change(node).missing_from(node))?;
         let only_words =
