@@ -7,18 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hw_probe::Bdf;
-
-/// The runtime power of a device, as the kernel tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Power {
-    /// Whether it is suspended.
-    pub(crate) suspended: bool,
-    /// Whether somebody keeps it awake (`power/control` is `on`): that it is awake says nothing of its users then.
-    pub(crate) kept_awake: bool,
-    /// For how long it has been awake since boot, in milliseconds; none where the kernel does not count.
-    pub(crate) awake_ms: Option<u64>,
-}
+use hw_probe::{Bdf, RuntimePower};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -43,11 +32,11 @@ pub(crate) struct Releases {
 impl Releases {
     /// Takes in the power of every device; those that are not named are forgotten. Returns the devices that were in use and
     /// are no longer.
-    pub(crate) fn see(&mut self, powers: &BTreeMap<Bdf, Power>) -> Vec<Bdf> {
+    pub(crate) fn see(&mut self, powers: &BTreeMap<Bdf, RuntimePower>) -> Vec<Bdf> {
         self.states.retain(|bdf, _| powers.contains_key(bdf));
         self.kept_awake = powers.iter().filter(|(_, power)| power.kept_awake).map(|(bdf, _)| *bdf).collect();
         let mut released = Vec::new();
-        for (bdf, Power { suspended, awake_ms, .. }) in powers {
+        for (bdf, RuntimePower { suspended, awake_ms, .. }) in powers {
             // Awake when we see it for the first time: somebody may have had it before we started.
             let state = self.states.entry(*bdf).or_insert(State::Idle(*awake_ms));
             *state = match (*state, suspended) {
@@ -104,8 +93,8 @@ impl Releases {
 mod tests {
     use super::*;
 
-    fn power(suspended: bool, awake_ms: Option<u64>) -> Power {
-        Power { suspended, kept_awake: false, awake_ms }
+    fn power(suspended: bool, awake_ms: Option<u64>) -> RuntimePower {
+        RuntimePower { suspended, kept_awake: false, awake_ms }
     }
 
     #[test]
@@ -151,7 +140,7 @@ mod tests {
         let bdf: Bdf = "0000:41:00.0".parse().unwrap();
         let mut releases = Releases::default();
         let mut see = |power| (!releases.see(&[(bdf, power)].into()).is_empty(), releases.any_awake());
-        let kept = Power { suspended: false, kept_awake: true, awake_ms: None };
+        let kept = RuntimePower { suspended: false, kept_awake: true, awake_ms: None };
         assert_eq!([power(false, None), kept, kept].map(&mut see), [(false, true), (false, false), (false, false)]);
         assert_eq!(see(power(true, None)), (true, false), "it was in use");
     }

@@ -27,6 +27,7 @@ mod inventory;
 #[allow(unsafe_code, reason = "memory mappings have no safe interface")]
 mod mmap;
 mod names;
+mod power;
 pub mod record;
 pub mod registers;
 mod root;
@@ -49,5 +50,6 @@ pub use holders::{Holder, Holders, holders};
 pub use host::{HostFacts, IommuState, Lockdown, Tee};
 pub use inventory::{Inventory, Problem};
 pub use names::pci_ids_name;
+pub use power::RuntimePower;
 pub use root::SysRoot;
 pub use watch::{Watch, is_device_event};

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use agent_core::state::{BindingRecord, BindingsFile, Identity};
 use gpu_firmware::{DeviceLock, Fault, Places, SystemClock, group_holders, group_is_free};
-use hw_probe::{Bdf, Inventory, PciFunction};
+use hw_probe::{Bdf, Inventory, PciFunction, RuntimePower};
 use tracing::{info, warn};
 
 use crate::binding::{Action, Step};
@@ -481,8 +481,7 @@ impl Executor {
     }
 
     fn is_suspended(&self, bdf: Bdf) -> bool {
-        let status = fs::read_to_string(self.places.root.function(bdf).join("power/runtime_status"));
-        status.is_ok_and(|status| status.trim() == "suspended")
+        RuntimePower::read(&self.places.root, bdf).is_some_and(|power| power.suspended)
     }
 
     fn driver_link(&self, bdf: Bdf) -> Result<Option<String>, BindError> {

@@ -40,7 +40,10 @@ impl<F: Firmware> Controller<F> {
             Ok(pods) => pods,
             Err(error) => {
                 let socket = self.settings.pod_resources.display();
-                let text = format!("Cannot tell which pods have GPUs, going by the devices alone: {socket}: {error}");
+                let text = format!(
+                    "Cannot tell which pods have GPUs, going by the devices alone: {socket}: {error}; check that the kubelet \
+                     runs and its socket is mounted, or turn this off by an empty --pod-resources (CCNODE_POD_RESOURCES)"
+                );
                 self.say(tracing::Level::WARN, &text);
                 BTreeMap::new()
             }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use hw_probe::{Bdf, Inventory};
+use hw_probe::{Bdf, Inventory, RuntimePower};
 use tokio::time::Instant;
 
 use super::Controller;
@@ -10,7 +10,6 @@ use super::memory::Seen;
 use super::state_dir::StateDir;
 use crate::executor::Firmware;
 use crate::plan;
-use crate::releases::Power;
 
 impl<F: Firmware> Controller<F> {
     /// The kernel says that devices came, went or changed drivers: another set of devices is no matter for later, and a change
@@ -39,18 +38,8 @@ impl<F: Firmware> Controller<F> {
             self.memory.next_poll = now + self.settings.resync;
             return;
         };
-        let powers: BTreeMap<Bdf, Power> = known
-            .devices
-            .iter()
-            .filter_map(|record| {
-                let folder = self.root.function(record.bdf).join("power");
-                let word = |name: &str| Some(std::fs::read_to_string(folder.join(name)).ok()?.trim_end().to_owned());
-                let suspended = word("runtime_status")? == "suspended";
-                let kept_awake = word("control").as_deref() == Some("on");
-                let awake_ms = word("runtime_active_time").and_then(|text| text.parse().ok());
-                Some((record.bdf, Power { suspended, kept_awake, awake_ms }))
-            })
-            .collect();
+        let power = |bdf| Some((bdf, RuntimePower::read(&self.root, bdf)?));
+        let powers: BTreeMap<Bdf, RuntimePower> = known.devices.iter().filter_map(|record| power(record.bdf)).collect();
         let released = self.memory.releases.see(&powers);
         let awaited = &self.memory.awaited;
         let often = self.memory.releases.any_awake() || !awaited.is_empty();
@@ -81,8 +70,7 @@ impl<F: Firmware> Controller<F> {
 
     /// Whether a device is suspended, as far as the kernel says.
     pub(super) fn is_suspended(&self, bdf: Bdf) -> bool {
-        let status = std::fs::read_to_string(self.root.function(bdf).join("power/runtime_status"));
-        status.is_ok_and(|status| status.trim_end() == "suspended")
+        RuntimePower::read(&self.root, bdf).is_some_and(|power| power.suspended)
     }
 
     /// A device is in use, or we have just had it.
