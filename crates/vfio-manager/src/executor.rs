@@ -227,7 +227,7 @@ pub struct Executor {
     write_timeout: Duration,
     write: SysfsWrite,
     group_is_free: GroupIsFree,
-    /// Held while a group's file is tried: two functions of one group must not take each other for a virtual machine.
+    /// Held while a group is asked for: two functions of one group must not take each other for a virtual machine.
     asking: Arc<Mutex<()>>,
     writing: Writing,
 }
@@ -464,17 +464,19 @@ impl Executor {
         let bdf = function.bdf;
         let unknown = |reason: String| Err(BindError::PerhapsHeld { bdf, reason });
         let Some(group) = function.iommu_group else { return unknown("it has no IOMMU group".into()) };
-        let asked = {
-            let _alone = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
-            (self.group_is_free)(group)
-        };
+        // Our own files of a group are seen in /proc as well as others'.
+        let _alone = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let asked = (self.group_is_free)(group);
+        let cdev = function.vfio_cdev.as_ref().map(|cdev| cdev.name.as_str());
+        let held_by = || group_holders(group, cdev, &self.places).iter().map(ToString::to_string).collect::<Vec<_>>();
         match asked {
-            Ok(true) => Ok(()),
-            Ok(false) => {
-                let cdev = function.vfio_cdev.as_ref().map(|cdev| cdev.name.as_str());
-                let held_by = group_holders(group, cdev, &self.places).iter().map(ToString::to_string).collect();
-                Err(BindError::Held { bdf, held_by })
-            }
+            // Who has opened the character device, and has not bound it yet, keeps nobody out of the group; the kernel would
+            // wait for it all the same.
+            Ok(true) => match held_by() {
+                held_by if held_by.is_empty() => Ok(()),
+                held_by => Err(BindError::Held { bdf, held_by }),
+            },
+            Ok(false) => Err(BindError::Held { bdf, held_by: held_by() }),
             Err(Fault::NoGroupFile { .. }) if self.is_suspended(bdf) => Ok(()),
             Err(fault) => unknown(fault.to_string()),
         }
@@ -1018,6 +1020,21 @@ mod tests {
         let inventory = kernel.inventory();
         let steps = plan_unbind(&inventory, &Policy::default(), &Knowledge::default());
         let executor = kernel.executor().with_groups(Arc::new(|_| Ok(false)));
+        let outcomes = executor.run(&inventory, &steps, &empty(), None);
+        let error = outcomes[0].result.as_ref().unwrap_err();
+        assert_eq!(error.code(), "DeviceHeld");
+        assert!(error.to_string().contains("pid 9 (qemu)"), "{error}");
+        assert!(kernel.writes.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn who_has_only_opened_the_character_device_is_a_holder_too() {
+        let kernel = Kernel::new();
+        kernel.fake.gpu(GPU, 0x2330).group(5).driver("vfio-pci").driver_override("vfio-pci").cdev(3);
+        kernel.fake.process(9, "qemu", "0::/x\n", &["/dev/vfio/devices/vfio3"]);
+        let inventory = kernel.inventory();
+        let steps = plan_unbind(&inventory, &Policy::default(), &Knowledge::default());
+        let executor = kernel.executor().with_groups(Arc::new(|_| Ok(true)));
         let outcomes = executor.run(&inventory, &steps, &empty(), None);
         let error = outcomes[0].result.as_ref().unwrap_err();
         assert_eq!(error.code(), "DeviceHeld");
