@@ -118,7 +118,7 @@ fn write(source: &Source, output: &Path) -> anyhow::Result<usize> {
         left_out,
     };
     let answer = Answer::of(&facts);
-    let Facts { report, get, has_node_files } = facts;
+    let Facts { report, get, has_node_files, exchanged: _ } = facts;
     let live = Live {
         lockdown: report.host_details.lockdown.clone(),
         holders: report.holders.clone(),

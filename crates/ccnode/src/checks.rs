@@ -2,8 +2,13 @@
 
 use std::collections::BTreeSet;
 
+use agent_core::hostfile::HostDir;
+use agent_core::state::{BindingsFile, DEVICES_FILE, DevicesFile, STATE_DIR, StateError, state_dir};
+use agent_core::text::chain;
 use hw_probe::acs::Acs;
-use hw_probe::{Architecture, CcEnable, Fault, Holder, IommuState, Lockdown, ModuleState, PciFunction, Problem, Tee};
+use hw_probe::{
+    Architecture, CcEnable, Fault, Holder, IommuState, Lockdown, ModuleState, PciFunction, Problem, SysRoot, Tee,
+};
 use serde::Serialize;
 
 use crate::node::Socket;
@@ -23,14 +28,49 @@ pub struct Facts {
     pub get: Get,
     /// Whether the tree has the files of kubelet, containerd and CDI at all: one that was recorded of sys and proc has none.
     pub has_node_files: bool,
+    /// What cc-manager and vfio-manager have written for each other in this boot.
+    pub exchanged: Exchanged,
+}
+
+/// The files that cc-manager and vfio-manager write for each other, and when they were read.
+#[derive(Debug)]
+pub struct Exchanged {
+    /// Whether there are any, or why they cannot be used.
+    found: Result<bool, String>,
+    devices: Option<DevicesFile>,
+    now: jiff::Timestamp,
+}
+
+impl Exchanged {
+    /// Reads them below the root.
+    pub fn read(root: &SysRoot, report: &Report) -> Self {
+        let boot_id = report.host.boot_id.as_deref().unwrap_or_default();
+        let load = || -> Result<_, StateError> {
+            // Someone may name the root by a way that goes up again.
+            let root = root.join("");
+            let root = root.canonicalize().unwrap_or(root);
+            let Some(dir) = HostDir::open_existing(state_dir(&root))? else {
+                return Ok((false, None));
+            };
+            let bindings = BindingsFile::load(&dir, boot_id)?;
+            let devices = DevicesFile::load(&dir, boot_id)?;
+            Ok((bindings.is_some() || devices.is_some(), devices))
+        };
+        let (found, devices) = match load() {
+            Ok((found, devices)) => (Ok(found), devices),
+            Err(error) => (Err(chain(&error)), None),
+        };
+        Self { found, devices, now: jiff::Timestamp::now() }
+    }
 }
 
 impl Facts {
     /// Reads the node; asks the kubelet if its socket is there.
     pub fn read(source: &Source) -> Self {
         let (report, root) = (source.report(&Ask::default()), source.root());
+        let exchanged = Exchanged::read(root, &report);
         if let Some(live) = source.live() {
-            return Self { report, get: live.get.clone(), has_node_files: live.has_node_files };
+            return Self { report, get: live.get.clone(), has_node_files: live.has_node_files, exchanged };
         }
         let socket = &report.node.kubelet.pod_resources_socket;
         let get = if socket.present {
@@ -38,7 +78,7 @@ impl Facts {
         } else {
             Get::NotAsked { cause: format!("{} is not there", socket.path) }
         };
-        Self { report, get, has_node_files: root.is_host() || root.join("var").is_dir() }
+        Self { report, get, has_node_files: root.is_host() || root.join("var").is_dir(), exchanged }
     }
 }
 
@@ -137,7 +177,7 @@ fn each(
 }
 
 /// The checks, in the order in which they are told: host, devices, node.
-pub const CHECKS: [Check; 27] = [
+pub const CHECKS: [Check; 28] = [
     Check {
         id: "tee",
         title: "Confidential virtual machines",
@@ -243,6 +283,13 @@ pub const CHECKS: [Check; 27] = [
         title: "GPUs are bound to VFIO",
         explanation: "vfio-manager binds the GPUs and NVSwitches of a node that is to run virtual machines to vfio-pci. Only such GPUs are offered to the kubelet.",
         judge: gpu_driver,
+    },
+    Check {
+        id: "exchanged-files",
+        title: "Files of cc-manager and vfio-manager",
+        explanation: "In /run/nvidia/ccnode cc-manager says what it is changing (devices.json) and vfio-manager what devices were before (bindings.json). \
+            vfio-manager binds nothing where it cannot write there, and nothing while a change of modes is under way.",
+        judge: exchanged_files,
     },
     Check {
         id: "iommu-group",
@@ -616,6 +663,41 @@ fn gpu_driver(facts: &Facts) -> Verdict {
         unbound,
         format!("{} on VFIO", parts(facts)),
         "run vfio-manager on this node, which binds them (label nvidia.com/gpu.workload.config=vm-passthrough under the GPU Operator), or: vfio-manage bind --all",
+    )
+}
+
+/// cc-manager writes at every step of a change; one of the steps may wait for pods to end.
+const LONG_CHANGE: jiff::SignedDuration = jiff::SignedDuration::from_mins(10);
+
+fn exchanged_files(facts: &Facts) -> Verdict {
+    let Exchanged { found, devices, now } = &facts.exchanged;
+    match found {
+        Err(trouble) => {
+            return failed(
+                trouble.clone(),
+                format!(
+                    "make {STATE_DIR} a directory of root's alone, mode 0755, and remove a file that cannot be read; run as root"
+                ),
+            );
+        }
+        Ok(false) => return not_applicable(format!("There are none of this boot in {STATE_DIR}")),
+        Ok(true) => {}
+    }
+    let under_way = devices.as_ref().and_then(|file| Some((file.transition.as_ref()?, file.origin.written_at)));
+    let Some((change, written_at)) = under_way else { return ok("No change of modes is under way") };
+    let evidence = format!(
+        "{DEVICES_FILE}: Changing the mode to {} (at {}, since {}), last written {written_at}",
+        change.target, change.step, change.started_at
+    );
+    if now.duration_since(written_at) < LONG_CHANGE {
+        return ok(evidence);
+    }
+    warning(
+        evidence,
+        format!(
+            "see cc-manager's log for what it waits for, and start it if it does not run: it ends the change. If it is gone for good, \
+             remove {STATE_DIR}/{DEVICES_FILE}: until then vfio-manager binds nothing and the device plugin offers nothing"
+        ),
     )
 }
 

@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
+use agent_core::hostfile::HostDir;
+use agent_core::state::{DevicesFile, Origin, Transition, state_dir};
 use ccnode::args::Args;
-use ccnode::checks::{CHECKS, Facts, Finding, Outcome, examine};
+use ccnode::checks::{CHECKS, Exchanged, Facts, Finding, Outcome, examine};
 use ccnode::pod_resources::Get;
 use ccnode::source::Source;
 use clap::Parser as _;
@@ -62,17 +64,28 @@ fn healthy() -> FakeSysfs {
     fake
 }
 
+/// A change of modes is under way, of which cc-manager last wrote at this moment.
+fn in_change(fake: &FakeSysfs, written_at: jiff::Timestamp) {
+    let boot_id = ccnode::report::Report::read(&fake.root()).host.boot_id.unwrap();
+    let origin = Origin { written_at, ..Origin::now(boot_id, None) };
+    let transition = Transition { target: "on".into(), step: "drain".into(), started_at: jiff::Timestamp::UNIX_EPOCH };
+    let folder = HostDir::open(state_dir(fake.path())).unwrap();
+    DevicesFile { origin, transition: Some(transition), devices: Vec::new() }.store(&folder).unwrap();
+}
+
 /// The findings, where the kubelet answered `get`.
 fn findings(fake: &FakeSysfs, get: Get) -> BTreeMap<&'static str, Finding> {
     let report = ccnode::report::Report::read(&fake.root());
-    let found = examine(&Facts { report, get, has_node_files: true });
+    let exchanged = Exchanged::read(&fake.root(), &report);
+    let found = examine(&Facts { report, get, has_node_files: true, exchanged });
     found.into_iter().map(|finding| (finding.id, finding)).collect()
 }
 
 #[test]
 fn on_a_healthy_node_nothing_is_wrong() {
     for (id, finding) in findings(&healthy(), Get::Answers) {
-        let expected = if id == "gpu-firewall" { Outcome::NotApplicable } else { Outcome::Ok };
+        let has_none = ["gpu-firewall", "exchanged-files"].contains(&id);
+        let expected = if has_none { Outcome::NotApplicable } else { Outcome::Ok };
         assert_eq!((finding.result, &finding.cure), (expected, &None), "{finding:?}");
         assert!(!finding.evidence.is_empty() && finding.evidence.iter().all(|line| !line.is_empty()), "{finding:?}");
     }
@@ -261,6 +274,34 @@ fn each_planted_cause_is_named() {
             Warning,
             "NVLink-C2C",
             "",
+        ),
+        (
+            "exchanged-files",
+            |fake| in_change(fake, jiff::Timestamp::now()),
+            Ok,
+            "Changing the mode to on (at drain, since 1970-01-01T00:00:00Z)",
+            "",
+        ),
+        (
+            "exchanged-files",
+            |fake| in_change(fake, jiff::Timestamp::UNIX_EPOCH),
+            Warning,
+            "last written 1970-01-01T00:00:00Z",
+            "remove /run/nvidia/ccnode/devices.json",
+        ),
+        (
+            "exchanged-files",
+            |fake| fake.file("run/nvidia/ccnode/bindings.json", "no JSON"),
+            Failed,
+            "bindings.json does not hold what it should",
+            "remove a file that cannot be read",
+        ),
+        (
+            "exchanged-files",
+            |fake| fake.file("run/nvidia/ccnode", "no folder"),
+            Failed,
+            "run/nvidia/ccnode",
+            "make /run/nvidia/ccnode a directory",
         ),
         (
             "iommu-group",
@@ -514,13 +555,13 @@ fn the_exit_code_tells_the_outcome() {
     fake.remove_file(POD_RESOURCES);
     let (code, out, notes) = doctor(fake.path(), &[], false);
     assert_eq!((code, notes.as_str()), (1, ""), "{out}");
-    assert!(out.ends_with("1 failed, 0 warnings, 24 ok, 2 not applicable\n"), "{out}");
+    assert!(out.ends_with("1 failed, 0 warnings, 24 ok, 3 not applicable\n"), "{out}");
     assert!(!out.contains('\u{1b}'));
 
     let (code, out, _) = doctor(fake.path(), &["--json"], true);
     let answer: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((code, &answer["schema"], &answer["gpus"]), (1, &1.into(), &1.into()));
-    assert_eq!(answer["summary"], serde_json::json!({"ok": 24, "warning": 0, "failed": 1, "not_applicable": 2}));
+    assert_eq!(answer["summary"], serde_json::json!({"ok": 24, "warning": 0, "failed": 1, "not_applicable": 3}));
     let ids: Vec<&str> =
         answer["checks"].as_array().unwrap().iter().map(|check| check["id"].as_str().unwrap()).collect();
     assert_eq!(ids, CHECKS.iter().map(|check| check.id).collect::<Vec<_>>());

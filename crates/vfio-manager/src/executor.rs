@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent_core::state::{BindingRecord, BindingsFile, Identity};
+use agent_core::state::{BindingRecord, BindingsFile, DEVICES_FILE, Identity, STATE_DIR};
 use gpu_firmware::{DeviceLock, Fault, Places, SystemClock, group_holders, group_is_free};
 use hw_probe::{Bdf, Inventory, PciFunction, RuntimePower};
 use tracing::{info, warn};
@@ -33,7 +33,8 @@ pub enum BindError {
     },
     /// The plan says that the device is not touched before a change of modes has ended.
     #[error(
-        "{bdf}: Not touched yet: {reason}; it goes on when that has ended (if cc-manager is gone for good, remove its devices.json)"
+        "{bdf}: Not touched yet: {reason}; it goes on when that has ended (if cc-manager is gone for good, remove its \
+         {STATE_DIR}/{DEVICES_FILE})"
     )]
     InTransition {
         /// The device.
