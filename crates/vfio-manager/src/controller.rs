@@ -16,11 +16,13 @@ use agent_core::uevents::DeviceEvents;
 use hw_probe::{Bdf, PciFunction};
 use serde_json::json;
 use tokio::sync::mpsc::unbounded_channel;
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use crate::binding::{Action, Knowledge, Policy, PolicyError, Step};
 use crate::executor::{BindError, Heard, Outcome};
+use crate::holders::HoldersOfDevices;
 use crate::manager::{Look, Manager};
 use crate::metrics::BindingMetrics;
 use crate::validations::StatusFiles;
@@ -81,6 +83,9 @@ struct Memory {
     /// What was last said of the status files.
     status_trouble: Option<String>,
     given_back: bool,
+    /// Who holds the devices that are as wanted, and when that was last looked at.
+    holders: HoldersOfDevices,
+    holders_at: Option<Instant>,
     knowledge: Knowledge,
     looked_at: Option<jiff::Timestamp>,
 }
@@ -99,6 +104,7 @@ impl Keeper {
             // The loop has ended: nobody asks any more.
             let _ = sender.send(outcome);
         });
+        let mut holders = None;
         let mut memory = Memory::default();
         let mut retry = Backoff::new(RETRY[0], RETRY[1].min(self.poll_interval));
         loop {
@@ -116,6 +122,12 @@ impl Keeper {
             let mut is_wrong = match look {
                 Ok((look, prior)) => {
                     self.begin(&mut memory, &look, &prior, &heard);
+                    // At most once a poll, and never before what is to be done has begun: it reads all of /proc.
+                    if memory.holders_at.is_none_or(|at| at.elapsed() >= self.poll_interval) {
+                        memory.holders_at = Some(Instant::now());
+                        let (root, inventory) = (self.manager.root.clone(), Arc::clone(&look.inventory));
+                        holders = Some(tokio::task::spawn_blocking(move || HoldersOfDevices::look(&root, &inventory)));
+                    }
                     false
                 }
                 // A command line that cannot be followed: better known at once than looked for in a log.
@@ -152,6 +164,10 @@ impl Keeper {
                         }
                         self.hear(&mut memory, outcome);
                     }
+                    found = ended(&mut holders) => {
+                        memory.holders = found?;
+                        self.metrics.record(memory.devices.values(), &memory.holders);
+                    }
                     () = sleep_until(next) => break,
                     () = events.changed() => {
                         sleep(SETTLE).await;
@@ -185,7 +201,7 @@ impl Keeper {
         memory.running.extend(acts.map(|step| (step.bdf, step.clone())));
         let is_gpu = |step: &&Step| look.inventory.get(step.bdf).is_none_or(PciFunction::is_gpu);
         memory.gpus = look.steps.iter().filter(is_gpu).map(|step| step.bdf).collect();
-        self.metrics.record(memory.devices.values());
+        self.metrics.record(memory.devices.values(), &memory.holders);
         self.manager.executor.start(&look.inventory, &steps, prior, heard);
     }
 
@@ -194,7 +210,7 @@ impl Keeper {
         memory.told.tell(&outcome);
         self.metrics.count(&outcome);
         memory.devices.insert(outcome.step.bdf, outcome);
-        self.metrics.record(memory.devices.values());
+        self.metrics.record(memory.devices.values(), &memory.holders);
     }
 
     /// What is known and under way, for people, and the number of writes that have not returned.
@@ -242,6 +258,14 @@ impl Keeper {
             memory.status_trouble = trouble;
         }
     }
+}
+
+/// Waits for a task, where there is one, and for ever where there is none.
+async fn ended<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    let Some(handle) = task else { return std::future::pending().await };
+    let result = handle.await;
+    *task = None;
+    result
 }
 
 /// One line a device whose state is another than the last time, so that a steady node is a silent one. What was done is told
@@ -425,6 +449,28 @@ mod tests {
         let writes = kernel.writes.lock().unwrap().clone();
         assert!(writes.is_empty(), "{writes:?}");
         eprintln!("20 restarts, {} writes", writes.len());
+    }
+
+    #[tokio::test]
+    async fn holders_of_bound_devices_are_counted_once_a_poll() {
+        let kernel = Kernel::new();
+        kernel.fake.gpu(GPU, 0x2330).group(5).driver_override("vfio-pci");
+        kernel.fake.drivers_probe(GPU);
+        kernel.fake.process(9, "qemu", "0::/x\n", &["/dev/vfio/5"]);
+        let (keeper, exposed) = keeper(&kernel, None);
+        let bell = Bell::default();
+        while_kept(&keeper, &bell, async {
+            let says = |line: &str| exposed.encode().unwrap().contains(line);
+            let counted = format!("ccnode_vfio_device_holders{{device=\"{GPU}\"}} 1\n");
+            until("counted", || says(&counted)).await;
+            // It ends, and a look for another reason does not read all of /proc again.
+            fs::remove_dir_all(kernel.fake.path().join("proc/9")).unwrap();
+            kernel.fake.gpu(OTHER, 0x2330).group(6);
+            bell.0.notify_one();
+            until("looked again", || kernel.driver(OTHER).is_some()).await;
+            assert!(says(&counted), "{}", exposed.encode().unwrap());
+        })
+        .await;
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ mod controller;
 mod driver;
 pub mod driver_manager;
 pub mod executor;
+mod holders;
 mod manager;
 mod metrics;
 pub mod modalias;

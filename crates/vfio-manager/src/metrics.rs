@@ -8,6 +8,7 @@ use prometheus_client::metrics::gauge::Gauge;
 
 use crate::binding::Action;
 use crate::executor::{BindError, Outcome};
+use crate::holders::HoldersOfDevices;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DriverLabels {
@@ -56,7 +57,11 @@ impl BindingMetrics {
             metrics.failures.clone(),
         );
         registry.register("vfio_blocked_writes", "Writes to sysfs that have not returned", metrics.blocked.clone());
-        registry.register("vfio_device_holders", "Processes that are in the way of a device", metrics.holders.clone());
+        registry.register(
+            "vfio_device_holders",
+            "Processes that hold a device on VFIO, or are in the way of one that is to be there, as far as they are seen",
+            metrics.holders.clone(),
+        );
         metrics
     }
 
@@ -74,16 +79,20 @@ impl BindingMetrics {
         self.actions.get_or_create(&ActionLabels { action, result }).inc();
     }
 
-    /// Shows how the devices are.
-    pub(crate) fn record<'a>(&self, outcomes: impl Iterator<Item = &'a Outcome>) {
+    /// Shows how the devices are, and who holds them by the last look at that.
+    pub(crate) fn record<'a>(&self, outcomes: impl Iterator<Item = &'a Outcome>, held: &HoldersOfDevices) {
         self.devices.clear();
         self.holders.clear();
         for outcome in outcomes {
             let (wanted, driver) = drivers(outcome);
             self.devices.get_or_create(&DriverLabels { wanted, driver }).inc();
-            let held_by = outcome.result.as_ref().err().map(BindError::held_by).unwrap_or_default();
-            let count = i64::try_from(held_by.len()).unwrap_or(i64::MAX);
-            self.holders.get_or_create(&DeviceLabel { device: outcome.step.bdf.to_string() }).set(count);
+            let in_the_way = outcome.result.as_ref().err().map(BindError::held_by).unwrap_or_default().len();
+            let count = in_the_way.max(held.count(outcome.step.bdf));
+            // Where not all processes are seen, none that is seen is no word on how many there are.
+            if count > 0 || held.is_whole() {
+                let label = DeviceLabel { device: outcome.step.bdf.to_string() };
+                self.holders.get_or_create(&label).set(i64::try_from(count).unwrap_or(i64::MAX));
+            }
         }
     }
 
@@ -133,7 +142,8 @@ mod tests {
         for outcome in &outcomes {
             metrics.count(outcome);
         }
-        metrics.record(outcomes.iter());
+        let held = HoldersOfDevices::of_test(&[(bdf(2), 1)], true);
+        metrics.record(outcomes.iter(), &held);
         metrics.set_blocked(1);
         let text = registry.encode().unwrap();
         for line in [
@@ -145,10 +155,17 @@ mod tests {
             "ccnode_vfio_failures_total{code=\"DeviceInUse\"} 1\n",
             "ccnode_vfio_blocked_writes 1\n",
             "ccnode_vfio_device_holders{device=\"0000:03:00.0\"} 2\n",
+            "ccnode_vfio_device_holders{device=\"0000:02:00.0\"} 1\n",
             "ccnode_vfio_device_holders{device=\"0000:01:00.0\"} 0\n",
         ] {
             assert!(text.contains(line), "{line}{text}");
         }
+        // Without hostPID.
+        metrics.record(outcomes.iter(), &HoldersOfDevices::of_test(&[(bdf(2), 1)], false));
+        let text = registry.encode().unwrap();
+        let holders: Vec<&str> = text.lines().filter(|line| line.starts_with("ccnode_vfio_device_holders{")).collect();
+        assert_eq!(holders.len(), 2, "{holders:?}");
+        assert!(!text.contains("0000:01:00.0"), "{text}");
     }
 
     #[test]
@@ -159,7 +176,7 @@ mod tests {
         let bind = Action::Bind { module: "vfio_pci".into() };
         let one = outcome(1, bind, Err(BindError::Gone { bdf: bdf(1) }));
         metrics.count(&one);
-        metrics.record(std::iter::once(&one));
+        metrics.record(std::iter::once(&one), &HoldersOfDevices::of_test(&[], true));
         let page = include_str!("../../../docs/operations.md");
         let text = registry.encode().unwrap();
         let names: Vec<&str> =
