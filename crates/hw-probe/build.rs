@@ -38,8 +38,38 @@ fn main() -> Result<(), String> {
     println!("cargo::rerun-if-changed=build.rs");
     let text = fs::read_to_string(TABLE).map_err(|error| format!("{TABLE}: {error}"))?;
     let rust = table(&text).map_err(|error| format!("{TABLE}: {error}"))?;
-    let out = PathBuf::from(env::var("OUT_DIR").map_err(|error| format!("OUT_DIR: {error}"))?).join("devices.rs");
-    fs::write(&out, rust).map_err(|error| format!("{}: {error}", out.display()))
+    put("devices.rs", &rust)?;
+    #[cfg(feature = "names")]
+    names()?;
+    Ok(())
+}
+
+/// Writes a file for the crate to include.
+fn put(name: &str, text: &str) -> Result<(), String> {
+    let out = PathBuf::from(env::var("OUT_DIR").map_err(|error| format!("OUT_DIR: {error}"))?).join(name);
+    fs::write(&out, text).map_err(|error| format!("{}: {error}", out.display()))
+}
+
+/// NVIDIA's names of the PCI ID repository as one text, with their keys, sorted, and where each ends: the library's own tables have
+/// every vendor's, subsystems, and a pointer for each word, which is 3 MB of each program.
+#[cfg(feature = "names")]
+fn names() -> Result<(), String> {
+    use pci_ids::FromId as _;
+
+    const NVIDIA: u16 = 0x10de;
+    let vendor = pci_ids::Vendor::from_id(NVIDIA).ok_or("The PCI ID repository has no NVIDIA")?;
+    let mut names: Vec<(u16, &str)> = vendor.devices().map(|device| (device.id(), device.name())).collect();
+    names.sort_unstable();
+    let (mut text, mut keys, mut ends) = (String::new(), String::new(), String::new());
+    for (key, name) in names {
+        text.push_str(name);
+        write!(keys, "{key:#06x},")
+            .and_then(|()| write!(ends, "0x{:04x}_{:04x},", text.len() >> 16, text.len() & 0xffff))
+            .map_err(|error| error.to_string())?;
+    }
+    put("names.txt", &text)?;
+    put("name_keys.rs", &format!("&[{keys}]"))?;
+    put("name_ends.rs", &format!("&[{ends}]"))
 }
 
 fn table(text: &str) -> Result<String, String> {
