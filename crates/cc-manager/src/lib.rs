@@ -24,8 +24,10 @@ mod plan;
 mod publish;
 mod releases;
 
+use std::ffi::OsString;
 use std::future::Future;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,12 +36,25 @@ use agent_core::metrics::Metrics;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
 use anyhow::{Context, bail};
+use clap::Parser as _;
 use hw_probe::SysRoot;
 use node_object::{Events, NodeClient};
 
 pub use args::Args;
 pub use controller::{Controller, Pausing, Settings};
 pub use executor::{DeviceFault, DeviceResult, Firmware, GpuFirmware, Verified};
+
+/// The program, with the words of its command line.
+pub fn start(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = Args::try_parse_from(words).unwrap_or_else(|error| error.exit());
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("Error: {}", agent_core::text::chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Runs the agent until SIGTERM or SIGINT. Fails only where going on makes no sense: unusable flags, no way to reach any
 /// API server.

@@ -33,6 +33,11 @@ pub enum Command {
     /// Reads only: host files, processes and the node object; no device is opened, woken or reset. Ends with 0 when every device
     /// is verified in the wanted mode and the labels say so, with 1 when not or not yet, with 2 when it cannot be told.
     Status(crate::status::StatusArgs),
+    /// Show every node with NVIDIA GPUs in one line: what it is, what it is wanted to be, and why it is not.
+    ///
+    /// For any machine with a kubeconfig, by the node objects alone and with its user's rights (list nodes). Ends with 0 when every node is
+    /// ready, with 1 when one is not, with 2 when they could not be listed.
+    Fleet(crate::status::fleet::FleetArgs),
     /// Show, plan and change the confidential-computing mode of GPUs and NVSwitches, without Kubernetes.
     Mode {
         /// What to do.

@@ -30,9 +30,13 @@ pub mod status;
 mod table;
 pub mod watch;
 
-use std::io::{self, Write};
+use std::env;
+use std::ffi::OsString;
+use std::io::{self, IsTerminal as _, Write};
+use std::process::ExitCode;
 
 use args::{Args, Command};
+use clap::Parser as _;
 
 /// The command did what it was asked, and nothing failed.
 pub const SUCCESS: u8 = 0;
@@ -44,6 +48,14 @@ pub const FAILED: u8 = 1;
 /// Of `doctor`, `mode`, `status` and `cleanup`: nothing could be done or told. Wrong command lines end with this, too.
 pub const COULD_NOT_RUN: u8 = 2;
 
+/// The program, with the words of its command line.
+pub fn start(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = Args::try_parse_from(words).unwrap_or_else(|error| error.exit());
+    let out = io::stdout();
+    let colour = out.is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    run(&args, &mut out.lock(), &mut io::stderr(), colour).into()
+}
+
 /// Runs one command; its answer goes to `out`, in colour if wanted, warnings and errors go to `notes`. Returns the exit code.
 pub fn run(args: &Args, out: &mut impl Write, notes: &mut (impl Write + Send), colour: bool) -> u8 {
     let Args { command } = args;
@@ -52,6 +64,7 @@ pub fn run(args: &Args, out: &mut impl Write, notes: &mut (impl Write + Send), c
         Command::Bundle(args) => (bundle::run(args, out, notes).map(|()| SUCCESS), FAILED),
         Command::Doctor(args) => (doctor::run(args, out, colour), COULD_NOT_RUN),
         Command::Status(args) => (status::run(args, out), COULD_NOT_RUN),
+        Command::Fleet(args) => (status::fleet::run(args, out), COULD_NOT_RUN),
         Command::Cleanup(args) => (cleanup::run(args, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),
         Command::DrainHolders(args) => (drain::run(args, out, notes), COULD_NOT_RUN),
         Command::Mode { command } => (mode::run(command, out, notes, &mode::Terminal::of_process()), COULD_NOT_RUN),

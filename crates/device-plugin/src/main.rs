@@ -2,18 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::time::Duration;
+use std::process::ExitCode;
 
-use anyhow::Context;
-use clap::Parser;
-use device_plugin::args::Args;
-
-fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("The runtime cannot be built")?;
-    let result = runtime.block_on(args.run());
-    // A thread that is stuck in a read of sysfs must not keep the process.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result
+fn main() -> ExitCode {
+    device_plugin::start(std::env::args_os())
 }

@@ -1,5 +1,6 @@
 //! Requests about one node.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -104,6 +105,31 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<kube::Client, NodeErro
     })?;
     Ok(builder.with_layer(&MapResponseLayer::new(keep_retry_after)).build())
 }
+
+/// The metadata of all nodes of the cluster, by name, in pages; `patience` for each.
+pub async fn nodes(client: &kube::Client, patience: Duration) -> Result<BTreeMap<String, NodeState>, NodeError> {
+    const PAGE: u32 = 500;
+    let failed = |error| NodeError::of(ALL, "list", error);
+    let (mut nodes, mut params) = (BTreeMap::new(), ListParams::default().limit(PAGE));
+    loop {
+        let request = Request::new(NODES).list_metadata(&params).map_err(|error| failed(build(error)))?;
+        let List { metadata, items } = tokio::time::timeout(patience, client.request(request))
+            .await
+            .map_err(|_| NodeError::Timeout { node: ALL.to_owned(), verb: "list", after: patience })?
+            .map_err(failed)?;
+        nodes.extend(items.unwrap_or_default().into_iter().filter_map(|item| {
+            let name = item.metadata.name.clone()?;
+            Some((name, NodeState::from(item)))
+        }));
+        match metadata.continue_token.filter(|token| !token.is_empty()) {
+            Some(token) => params.continue_token = Some(token),
+            None => return Ok(nodes),
+        }
+    }
+}
+
+/// Stands for a node's name where all are asked for.
+const ALL: &str = "(all)";
 
 /// Whether this names one file. Empty, or a list of files as `KUBECONFIG` may be, is left to the library, which reads and merges
 /// those by itself.

@@ -20,7 +20,7 @@ mod wait;
 mod watch;
 
 pub use change::Change;
-pub use client::{NodeClient, Timing, connect};
+pub use client::{NodeClient, Timing, connect, nodes};
 pub use counts::Counts;
 pub use error::NodeError;
 pub use events::{Event, Events, Sender as EventSender};

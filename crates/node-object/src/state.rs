@@ -136,6 +136,9 @@ pub(crate) struct List {
 pub(crate) struct ListMetadata {
     #[serde(default)]
     pub(crate) resource_version: String,
+    /// Where the next page begins.
+    #[serde(default, rename = "continue")]
+    pub(crate) continue_token: Option<String>,
 }
 
 impl From<Object> for NodeState {

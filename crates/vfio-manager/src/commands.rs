@@ -1,6 +1,7 @@
 //! The commands around the loop: what they print, and how they end.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write as _};
@@ -40,6 +41,27 @@ const LOOK_LOCK: Duration = Duration::from_secs(1);
 
 /// How long a step that has begun may go on after a signal.
 const END: Duration = Duration::from_secs(5);
+
+/// The program, with the words of its command line; the first may be `driver-manager`.
+pub fn start(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::from_words(words) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A standard stream that is closed must not hide the exit code.
+            let _ = error.print();
+            // Bad usage is 1, not the parser's 2 (operator-contract section 6.4).
+            return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    if let Err(error) = agent_core::logs::init(&cli.logs) {
+        eprintln!("{error}");
+        return ExitCode::FAILURE;
+    }
+    run(cli).unwrap_or_else(|error| {
+        eprintln!("vfio-manager: {error:#}");
+        ExitCode::FAILURE
+    })
+}
 
 /// Runs the command line.
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {

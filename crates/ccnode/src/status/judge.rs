@@ -45,7 +45,7 @@ pub(super) struct Change {
 }
 
 impl Verdict {
-    fn words(self) -> &'static str {
+    pub(super) fn words(self) -> &'static str {
         match self {
             Self::Ready => "READY",
             Self::Changing => "CHANGING",

@@ -1,6 +1,7 @@
 //! `ccnode status`: whether the node is what it is wanted to be, and what to do if not.
 
 mod facts;
+pub mod fleet;
 mod judge;
 
 use std::fmt::Write as _;
