@@ -6,6 +6,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod contract;
+
 use std::collections::BTreeSet;
 use std::env;
 use std::time::{Duration, Instant};

@@ -1,0 +1,453 @@
+//! The images in the places of NVIDIA's: what the GPU Operator's pods run (operator-contract sections 5.1, 6.1, 7.1 and 9), from the
+//! images' root file systems, in containers of the lab's guest.
+//!
+//! `hack/test-images` builds the images and runs these, with `CCNODE_IMAGES` naming the folder of their root file systems.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use e2e::{CHANGE, PGPU, STEP, await_that, bound_to_vfio, gpu_bdfs, lab_is_here, registers_say, the_cdi_file_is};
+use lab::node::{CC_MODE, NAMESPACE, NODE};
+use lab::{Boot, Node};
+use lab_vm::{Add, Output};
+use serde_json::Value;
+
+const CC_READY: &str = "/run/nvidia/validations/.cc-manager-ctr-ready";
+
+/// The operator's flags for a mount.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    ReadWrite,
+    ReadOnly,
+}
+
+use Access::{ReadOnly, ReadWrite};
+
+/// An image of the folder `CCNODE_IMAGES`, laid into the guest.
+struct Image {
+    /// Its root file system in the guest.
+    root: String,
+    host: PathBuf,
+    config: Value,
+}
+
+/// An image of this version; `flavour` is empty or `-shell-free`.
+fn image(agent: &str, flavour: &str) -> Result<Image> {
+    let folder = std::env::var_os("CCNODE_IMAGES").context("CCNODE_IMAGES is not set: hack/test-images runs this")?;
+    let name = format!("{agent}-{}{flavour}", env!("CARGO_PKG_VERSION"));
+    let host = PathBuf::from(folder).join(&name);
+    let text = std::fs::read_to_string(host.with_file_name(format!("{name}.json")))?;
+    let mut inspected: Value = serde_json::from_str(&text)?;
+    let config = inspected["OCIv1"]["config"].take();
+    ensure!(config.is_object(), "{name}: no configuration");
+    Ok(Image { root: format!("/images/{name}"), host, config })
+}
+
+impl Image {
+    fn add(&self) -> Add {
+        Add { host: self.host.clone(), guest: self.root.clone().into() }
+    }
+
+    fn words(&self, name: &str) -> Vec<String> {
+        let words = self.config[name].as_array().into_iter().flatten();
+        words.filter_map(|word| word.as_str().map(ToOwned::to_owned)).collect()
+    }
+}
+
+/// A container as a pod of the operator has it.
+struct Container<'a> {
+    name: &'a str,
+    image: &'a Image,
+    /// `command` and `args` of the pod; the image's entry point where there are none.
+    argv: &'a [&'a str],
+    env: &'a [(&'a str, &'a str)],
+    /// Host path, place, access.
+    mounts: &'a [(&'a str, &'a str, Access)],
+    read_only_root: bool,
+}
+
+impl Container<'_> {
+    fn script(&self) -> Result<String> {
+        let Self { name: _, image, argv, env: _, mounts, read_only_root } = self;
+        let root = &image.root;
+        // What a runtime does for a privileged container: namespaces of its own, the image as root, the host's device nodes as they
+        // are at this moment.
+        let mut script = format!(
+            "#!/bin/sh\n[ \"$1\" = inside ] || exec unshare -m -p -f \"$0\" inside\nset -e\nmount --bind {root} {root}\n\
+             mkdir -p {root}/proc {root}/dev\nmount -t proc proc {root}/proc\nmount -t tmpfs tmpfs {root}/dev\n\
+             (cd /dev && find . -type d ! -name . | (cd {root}/dev && xargs mkdir -p) && find . -type c | while read -r node; do \
+             cp -a $node {root}/dev/$node; done)\n"
+        );
+        for (host, place, access) in *mounts {
+            writeln!(script, "mkdir -p {host} {root}{place}\nmount --rbind {host} {root}{place}")?;
+            if *access == ReadOnly {
+                writeln!(script, "mount -o remount,ro,bind {root}{place}")?;
+            }
+        }
+        if *read_only_root {
+            writeln!(script, "mount -o remount,ro,bind {root}")?;
+        }
+        for line in image.words("Env") {
+            writeln!(script, "export '{line}'")?;
+        }
+        let entry = if argv.is_empty() { image.words("Entrypoint") } else { Vec::new() };
+        ensure!(!entry.is_empty() || !argv.is_empty(), "nothing to run");
+        let words = entry.iter().map(String::as_str).chain(argv.iter().copied());
+        let quoted: Vec<String> = words.map(|word| format!("'{word}'")).collect();
+        writeln!(script, "exec chroot {root} {}", quoted.join(" "))?;
+        Ok(script)
+    }
+
+    fn path(&self) -> String {
+        format!("/run/lab-{}", self.name)
+    }
+
+    /// Starts it; it is then known by its path.
+    fn start(&self, node: &mut Node) -> Result<String> {
+        let path = self.path();
+        node.guest.put_file(self.script()?.as_bytes(), &path, 0o755)?;
+        // Nothing of the guest's own for a test's sake.
+        let common = [("NVIDIA_VISIBLE_DEVICES", "void"), ("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RESYNC", "10s")];
+        node.start_agent(&[&path], &[&common, self.env].concat())?;
+        Ok(path)
+    }
+
+    /// Runs it to its end, as an init container.
+    fn run(&self, node: &mut Node) -> Result<i32> {
+        let path = self.start(node)?;
+        Ok(node.agent(&path)?.process.wait(CHANGE).with_context(|| node.logs())?.code())
+    }
+}
+
+/// The first process of a container, as the host sees it.
+fn first_process(node: &Node, path: &str) -> Result<i32> {
+    let parent = node.agent(path)?.process.pid();
+    let script = format!("grep -l '^PPid:[[:space:]]*{parent}$' /proc/[0-9]*/status");
+    let text = node.look(&["sh", "-c", &script])?.text();
+    let pid = text.split('/').nth(2).with_context(|| format!("{path} has no process\n{}", node.logs()))?;
+    Ok(pid.parse()?)
+}
+
+/// A preStop hook: runs in the container, with its environment.
+fn hook(node: &Node, path: &str, argv: &[&str], env: &str) -> Result<Output> {
+    let target = first_process(node, path)?.to_string();
+    let mut words = vec!["env"];
+    words.extend(env.split_whitespace());
+    words.extend(["nsenter", "-m", "-p", "-r", "-t", &target]);
+    words.extend(argv);
+    Ok(node.guest.run(&words, CHANGE)?)
+}
+
+/// The end of a pod: its first process is asked to end, and does so well with exit code 0 within the 30 seconds that it has.
+fn ends_when_asked(node: &Node, path: &str) -> Result<()> {
+    let begun = Instant::now();
+    node.look(&["kill", "-TERM", &first_process(node, path)?.to_string()])?;
+    let status = node.agent(path)?.process.wait(Duration::from_secs(30)).with_context(|| node.logs())?;
+    ensure!(status.success(), "{path} ended with {status}\n{}", node.logs());
+    eprintln!("{path} ended {:.1} s after SIGTERM", begun.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// What the validator looks at, and what it then writes (operator-contract sections 3 and 9).
+fn the_validator_is_content(node: &Node) -> Result<()> {
+    for bdf in gpu_bdfs(node)? {
+        let driver = format!("basename $(readlink /sys/bus/pci/devices/{bdf}/driver)");
+        let driver = node.look(&["sh", "-c", &driver])?.text();
+        ensure!(["vfio-pci", "nvgrace_gpu_vfio_pci"].contains(&driver.trim()), "{bdf} is on {driver}");
+    }
+    let script = format!(
+        "test -f {CC_READY} && test ! -s {CC_READY} && echo vm-passthrough > /run/nvidia/validations/workload-type && \
+         touch /run/nvidia/validations/vfio-pci-ready"
+    );
+    node.look(&["sh", "-c", &script])?;
+    Ok(())
+}
+
+/// A node whose VFIO modules are not loaded: the host's modprobe does that.
+fn node(topology: &str, images: &[&Image], labels: &[(&str, &str)]) -> Result<Node> {
+    let mut boot = Boot { without_vfio_modules: true, ..Boot::new(topology)? };
+    boot.adds.extend(images.iter().map(|image| image.add()));
+    // Of three images, beside the guest's own programs.
+    boot.memory_mib = Some(1024);
+    Node::start(boot, labels)
+}
+
+const HOST_ROOT: (&str, &str) = ("HOST_ROOT", "/host");
+
+/// Mounts of vfio-manager's main container.
+const OF_VFIO: &[(&str, &str, Access)] =
+    &[("/sys", "/sys", ReadWrite), ("/lib/modules", "/lib/modules", ReadOnly), ("/", "/host", ReadWrite)];
+
+/// Mounts of its init container, and the token that every pod has.
+const OF_DRIVER_MANAGER: &[(&str, &str, Access)] = &[
+    ("/run/nvidia", "/run/nvidia", ReadWrite),
+    ("/", "/host", ReadOnly),
+    ("/sys", "/sys", ReadWrite),
+    (TOKEN, TOKEN, ReadOnly),
+];
+
+const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+/// Uncompressed, with all that the operator's pods call.
+const SIZES: [(&str, u64); 3] =
+    [("cc-manager", 10_000_000), ("vfio-manager", 12_000_000), ("device-plugin", 10_000_000)];
+
+/// Bytes of all files below a folder.
+fn bytes_below(folder: &Path) -> Result<u64> {
+    let mut sum = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let metadata = entry.path().symlink_metadata()?;
+        sum += if metadata.is_dir() { bytes_below(&entry.path())? } else { metadata.len() };
+    }
+    Ok(sum)
+}
+
+#[test]
+#[ignore = "needs the built images: hack/test-images runs it"]
+fn images_are_small_and_tell_nothing_of_the_machine_that_built_them() -> Result<()> {
+    for (agent, most) in SIZES {
+        for flavour in ["", "-shell-free"] {
+            let image = image(agent, flavour)?;
+            let (size, name) = (bytes_below(&image.host)?, format!("{agent}{flavour}"));
+            ensure!(size < most, "{name} has {size} bytes, and may have {most}");
+            let program = std::fs::read(image.host.join("usr/bin").join(agent))?;
+            for path in ["/src/crates", "/root/", "/target/", "/usr/local/cargo", "/registry/src/index"] {
+                let found = program.windows(path.len()).any(|window| window == path.as_bytes());
+                // What the program itself looks for on a node is below other folders.
+                ensure!(!found, "{name}: {path} is in the program");
+            }
+            // A program that needs an interpreter says so in a segment of this kind.
+            ensure!(!segments(&program)?.contains(&3), "{name} is linked dynamically");
+            for link in ["ccnode", "kubectl-ccnode"] {
+                assert_eq!(std::fs::read_link(image.host.join("usr/bin").join(link))?, Path::new(agent), "{name}");
+            }
+            assert_eq!(image.words("Entrypoint"), [format!("/usr/bin/{agent}")], "{name}");
+            assert_eq!(image.config["User"], "0:0", "{name}");
+            let labels = &image.config["Labels"];
+            for (label, value) in [("version", env!("CARGO_PKG_VERSION")), ("licenses", "Apache-2.0")] {
+                assert_eq!(labels[format!("org.opencontainers.image.{label}")], value, "{name}");
+            }
+            for label in ["title", "description", "revision", "created"] {
+                let value = labels[format!("org.opencontainers.image.{label}")].as_str().unwrap_or_default();
+                ensure!(!value.is_empty() && value != "unknown", "{name}: label {label} is {value:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The kinds of an ELF program's segments.
+fn segments(program: &[u8]) -> Result<Vec<u32>> {
+    let number = |at: usize, bytes: usize| -> Result<usize> {
+        let slice = program.get(at..at + bytes).context("cut short")?;
+        Ok(slice.iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte)))
+    };
+    ensure!(program.starts_with(b"\x7fELF\x02\x01"), "no 64-bit program");
+    let (table, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+    (0..count).map(|index| Ok(u32::try_from(number(table + index * size, 4)?)?)).collect()
+}
+
+/// The values file's four images: a node from its boot to a change of modes, and to the end of every pod.
+#[test]
+#[ignore = "needs the built images: hack/test-images runs it"]
+fn the_operators_pods_run_from_the_images() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let [cc, vfio, plugin] = ["cc-manager", "vfio-manager", "device-plugin"].map(|agent| image(agent, ""));
+    let (cc, vfio, plugin) = (cc?, vfio?, plugin?);
+    let mut node = node("h100x2", &[&cc, &vfio, &plugin], &[(CC_MODE, "on"), ("nvidia.com/gpu.present", "true")])?;
+    node.start_kubelet()?;
+
+    let driver_manager = Container {
+        name: "k8s-driver-manager",
+        image: &vfio,
+        argv: &["driver-manager", "uninstall_driver"],
+        env: &[("ENABLE_GPU_POD_EVICTION", "false"), ("ENABLE_AUTO_DRAIN", "false"), ("OPERATOR_NAMESPACE", NAMESPACE)],
+        mounts: OF_DRIVER_MANAGER,
+        read_only_root: false,
+    };
+    assert_eq!(driver_manager.run(&mut node)?, 0, "{}", node.logs());
+    let of_vfio = Container {
+        name: "nvidia-vfio-manager",
+        image: &vfio,
+        argv: &["/bin/sh", "-c", "exec vfio-manager run"],
+        env: &[HOST_ROOT],
+        mounts: OF_VFIO,
+        read_only_root: false,
+    };
+    let of_vfio_path = of_vfio.start(&mut node)?;
+    let of_cc = Container {
+        name: "nvidia-cc-manager",
+        image: &cc,
+        argv: &[],
+        env: &[("DEFAULT_CC_MODE", "on")],
+        mounts: &[("/sys", "/sys", ReadWrite), ("/run/nvidia", "/run/nvidia", ReadWrite), (TOKEN, TOKEN, ReadOnly)],
+        read_only_root: false,
+    };
+    let of_cc_path = of_cc.start(&mut node)?;
+    node.await_state("on", "true", CHANGE).with_context(|| node.logs())?;
+    registers_say(&node, "on")?;
+    await_that("the readiness file", &node, || Ok(node.guest.get_file(CC_READY).is_ok()))?;
+    bound_to_vfio(&node)?;
+    the_validator_is_content(&node)?;
+
+    let of_plugin = Container {
+        name: "nvidia-kata-sandbox-device-plugin-ctr",
+        image: &plugin,
+        argv: &[],
+        env: &[("POD_NAMESPACE", NAMESPACE), ("POD_SERVICE_ACCOUNT", "nvidia-kata-sandbox-device-plugin")],
+        // The host's sysfs is a privileged container's own.
+        mounts: &[
+            ("/sys", "/sys", ReadWrite),
+            ("/var/lib/kubelet/device-plugins", "/var/lib/kubelet/device-plugins", ReadWrite),
+            ("/var/run/cdi", "/var/run/cdi", ReadWrite),
+        ],
+        read_only_root: false,
+    };
+    let of_plugin_path = of_plugin.start(&mut node)?;
+    let count = node.gpus().len();
+    node.await_allocatable(PGPU, count, CHANGE).with_context(|| node.logs())?;
+    the_cdi_file_is(&node, |bdf| {
+        let cdev = node.look(&["ls", &format!("/sys/bus/pci/devices/{bdf}/vfio-dev")])?.text();
+        Ok(vec![format!("/dev/vfio/devices/{}", cdev.trim())])
+    })?;
+    node.create_pod("work", PGPU, count)?;
+    node.await_pod("work", "Running", STEP).with_context(|| node.logs())?;
+    node.api.delete("pods", "default", "work", Some(0))?;
+
+    node.ask_for("off")?;
+    node.await_state("off", "false", CHANGE).with_context(|| node.logs())?;
+    registers_say(&node, "off")?;
+    the_validator_is_content(&node)?;
+    node.await_allocatable(PGPU, count, CHANGE).with_context(|| node.logs())?;
+
+    // Every image has the command line for people.
+    for path in [&of_vfio_path, &of_cc_path, &of_plugin_path] {
+        for argv in [&["/usr/bin/ccnode", "probe"][..], &["/usr/bin/kubectl-ccnode", "--version"]] {
+            let output = hook(&node, path, argv, "")?;
+            ensure!(output.success() && !output.stdout.is_empty(), "{path}: {argv:?}: {}", output.error_text());
+        }
+    }
+
+    // Hooks, then signals, in an order of the kubelet's choice.
+    for _ in 0..2 {
+        let output = hook(&node, &of_cc_path, &["/bin/rm", "-f", CC_READY], "")?;
+        ensure!(output.success(), "{}", output.error_text());
+        ensure!(node.guest.get_file(CC_READY).is_err(), "the readiness file is still there");
+    }
+    let output = hook(&node, &of_vfio_path, &["/bin/sh", "-c", "vfio-manage unbind --all"], "HOST_ROOT=/host")?;
+    ensure!(output.success() && output.text().contains("left as they are"), "{}{}", output.text(), output.error_text());
+    for path in [&of_cc_path, &of_vfio_path, &of_plugin_path] {
+        ends_when_asked(&node, path)?;
+    }
+    bound_to_vfio(&node)?;
+    Ok(())
+}
+
+/// The three images alone, without `vfioManager.args`: the operator's own command lines, of v26.7 and of v26.3.
+#[test]
+#[ignore = "needs the built images: hack/test-images runs it"]
+fn the_operators_own_command_lines_of_vfio_manager_do_what_they_say() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let vfio = image("vfio-manager", "")?;
+    let mut node = node("h100x2", &[&vfio], &[])?;
+    let of_vfio = Container {
+        name: "nvidia-vfio-manager",
+        image: &vfio,
+        argv: &["/bin/sh", "-c", "vfio-manage bind --all && while true; do sleep 86400; done"],
+        // As the operator sets it where the host's root is another folder: it does not exist in the container.
+        env: &[("HOST_ROOT", "/custom/root")],
+        mounts: OF_VFIO,
+        read_only_root: false,
+    };
+    let path = of_vfio.start(&mut node)?;
+    await_that("bound", &node, || Ok(bound_to_vfio(&node).is_ok()))?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(node.agent(&path)?.is_running(), "{}", node.logs());
+    // v26.3's hook is one word with blanks in it, which no image can have as a program: nothing is unbound.
+    let broken = hook(&node, &path, &["vfio-manage unbind --all"], "HOST_ROOT=/custom/root")?;
+    ensure!(!broken.success(), "{}", broken.text());
+    bound_to_vfio(&node)?;
+    let begun = Instant::now();
+    let output = hook(&node, &path, &["/bin/sh", "-c", "vfio-manage unbind --all"], "HOST_ROOT=/custom/root")?;
+    ensure!(output.success() && output.text().contains("Given back: 2"), "{}{}", output.text(), output.error_text());
+    ensure!(begun.elapsed() < Duration::from_secs(25), "the hook took {:?}", begun.elapsed());
+    Ok(())
+}
+
+/// Our own chart's flavour: nothing to run but the agent and ccnode, and a root that nobody writes to.
+#[test]
+#[ignore = "needs the built images: hack/test-images runs it"]
+fn the_shell_free_images_run_on_a_read_only_root() -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let (cc, vfio, plugin) = (
+        image("cc-manager", "-shell-free")?,
+        image("vfio-manager", "-shell-free")?,
+        image("device-plugin", "-shell-free")?,
+    );
+    for image in [&cc, &vfio, &plugin] {
+        ensure!(!image.host.join("bin").exists(), "{} has a folder bin", image.root);
+    }
+    let mut node = node("h100x2", &[&cc, &vfio, &plugin], &[(CC_MODE, "on")])?;
+    node.start_kubelet()?;
+    let state = ("/run/nvidia/ccnode", "/run/nvidia/ccnode", ReadWrite);
+    let of_vfio = Container {
+        name: "vfio-manager",
+        image: &vfio,
+        argv: &["vfio-manager", "run"],
+        env: &[("VFIO_MANAGER_LOCK", "/tmp/vfio-manager.lock"), HOST_ROOT],
+        mounts: &[
+            ("/sys", "/sys", ReadWrite),
+            state,
+            ("/run/lab-tmp", "/tmp", ReadWrite),
+            ("/lib/modules", "/lib/modules", ReadOnly),
+            ("/", "/host", ReadOnly),
+        ],
+        read_only_root: true,
+    };
+    let of_cc = Container {
+        name: "cc-manager",
+        image: &cc,
+        argv: &["cc-manager"],
+        env: &[("CC_READINESS_FILE", ""), ("EVICT_OPERATOR_COMPONENTS", "false")],
+        mounts: &[("/sys", "/sys", ReadWrite), state, (TOKEN, TOKEN, ReadOnly)],
+        read_only_root: true,
+    };
+    let of_plugin = Container {
+        name: "device-plugin",
+        image: &plugin,
+        argv: &["device-plugin", "--cc-gate=require"],
+        env: &[],
+        mounts: &[
+            ("/sys", "/sys", ReadOnly),
+            state,
+            ("/var/lib/kubelet/device-plugins", "/var/lib/kubelet/device-plugins", ReadWrite),
+            ("/var/run/cdi", "/var/run/cdi", ReadWrite),
+        ],
+        read_only_root: true,
+    };
+    let mut paths = Vec::new();
+    for container in [&of_vfio, &of_cc, &of_plugin] {
+        paths.push(container.start(&mut node)?);
+    }
+    node.await_state("on", "true", CHANGE).with_context(|| node.logs())?;
+    let count = node.gpus().len();
+    node.await_allocatable(PGPU, count, CHANGE).with_context(|| node.logs())?;
+    for path in &paths {
+        let output = hook(&node, path, &["/bin/sh", "-c", "true"], "")?;
+        ensure!(!output.success(), "{path} has a shell");
+        ends_when_asked(&node, path)?;
+    }
+    if node.api.labels(NODE).get(CC_MODE).is_none() {
+        bail!("the label of the wanted mode is gone");
+    }
+    Ok(())
+}
