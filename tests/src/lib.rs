@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod contract;
+pub mod rendered;
 
 use std::collections::BTreeSet;
 use std::env;

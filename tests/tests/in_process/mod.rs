@@ -491,6 +491,11 @@ impl Agent {
 impl World {
     /// A node whose devices are in mode off, and nobody has said so yet.
     pub(crate) fn new() -> Result<Self> {
+        Self::with_rights(Rule::operator_cc_manager(OPERATOR))
+    }
+
+    /// The same, with an agent that may do this.
+    pub(crate) fn with_rights(rights: Vec<Rule>) -> Result<Self> {
         let (here, sysfs) = (tempfile::tempdir()?, FakeSysfs::new());
         sysfs.tee(Tee::SevSnp);
         for (bdf, group) in BDFS.into_iter().zip(1..) {
@@ -505,7 +510,7 @@ impl World {
             lies: Mutex::default(),
         });
         let api = Arc::new(ApiServer::start(ApiServerConfig::default())?);
-        let token = api.add_identity(AGENT, &["system:serviceaccounts"], Rule::operator_cc_manager(OPERATOR));
+        let token = api.add_identity(AGENT, &["system:serviceaccounts"], rights);
         std::fs::write(here.path().join("kubeconfig"), api.kubeconfig(&token, "127.0.0.1"))?;
         let of_write = Arc::clone(&truth);
         api.on_node_write(move |entry| of_write.see_write(entry));

@@ -5,7 +5,7 @@
 {{- if .image.digest -}}
 {{- printf "%s@%s" $name .image.digest -}}
 {{- else -}}
-{{- printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) -}}
+{{- printf "%s:%s" $name (default (print .root.Chart.AppVersion .root.Values.global.tagSuffix) .image.tag) -}}
 {{- end -}}
 {{- end -}}
 
