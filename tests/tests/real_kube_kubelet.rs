@@ -1,0 +1,564 @@
+//! What the device plugin relies on in a kubelet: one list, asked of a real one and of the stand-in. And the device plugin
+//! itself with a real one.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
+mod real_kube;
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use futures::future::LocalBoxFuture;
+use hw_probe::testing::FakeSysfs;
+use kubelet_api::pod_resources as pr;
+use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerClient;
+use lab_kube::api_server::{ApiServerConfig, Rule};
+use lab_kube::kubelet::{Config, Kubelet};
+use real_kube::toy::{Toy, register};
+use real_kube::{Cluster, IMAGE, NODE, PATIENCE, kubelet_folder, run, script};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+/// One thing that is so in every kubelet from a version on.
+struct Entry {
+    what: &'static str,
+    /// The second number of the first version of Kubernetes 1 that does it.
+    since: u32,
+    check: for<'a> fn(&'a Machine) -> LocalBoxFuture<'a, Result<()>>,
+}
+
+/// The oldest version that any of it was seen on.
+const FIRST: u32 = 20;
+
+macro_rules! entry {
+    ($since:expr, $check:ident) => {
+        Entry { what: stringify!($check), since: $since, check: |machine| Box::pin($check(machine)) }
+    };
+}
+
+/// The contract.
+const CONTRACT: &[Entry] = &[
+    entry!(FIRST, another_version_and_bad_names_are_refused),
+    entry!(FIRST, a_plugin_is_dialled_back_and_its_devices_are_offered),
+    entry!(FIRST, sick_devices_are_counted_and_not_offered),
+    entry!(FIRST, a_pod_gets_what_the_plugin_prefers_and_the_calls_come_in_order),
+    entry!(FIRST, a_pod_that_wants_more_than_there_is_fails_at_admission),
+    entry!(FIRST, what_a_pod_holds_is_told_by_pod_resources),
+    entry!(FIRST, a_plugin_that_dies_leaves_pods_running_and_comes_back),
+    entry!(FIRST, another_plugin_of_the_same_resource_takes_its_place),
+    entry!(FIRST, a_restart_deletes_sockets_and_keeps_what_pods_hold),
+    entry!(25, a_registration_is_answered_after_the_dial_back),
+    entry!(27, pod_resources_of_one_pod_can_be_got),
+    entry!(29, an_unknown_cdi_name_keeps_a_container_from_being_made),
+    entry!(36, a_pods_status_names_its_devices_and_their_health),
+];
+
+/// A kubelet and the API server that it reports to.
+struct Machine {
+    cluster: Cluster,
+    stand_in: Option<(Arc<Kubelet>, tempfile::TempDir)>,
+    folder: PathBuf,
+    pod_resources: PathBuf,
+    node: String,
+    namespace: String,
+}
+
+impl Machine {
+    async fn stand_in() -> Result<Self> {
+        let cluster = Cluster::stand_in(ApiServerConfig::default()).await?;
+        let here = tempfile::tempdir_in("/tmp")?;
+        let (folder, pod_resources) = (here.path().join("dp"), here.path().join("pr/s"));
+        let server = cluster.server().context("no stand-in")?;
+        let token = server.add_identity(&format!("system:node:{NODE}"), &["system:nodes"], Rule::kubelet(NODE));
+        let client = cluster.bearer(&token).await?.client();
+        let mut config = Config::new(NODE, &folder, &pod_resources);
+        config.node_status_frequency = Duration::from_millis(50);
+        config.dial_deadline = Duration::from_millis(500);
+        config.root = here.path().join("root");
+        std::fs::create_dir_all(config.root.join("dev"))?;
+        std::fs::write(config.root.join("dev/null"), "")?;
+        let kubelet = Kubelet::start(config, Some(client)).await?;
+        Self::with(cluster, Some((kubelet, here)), folder, pod_resources).await
+    }
+
+    async fn real() -> Result<Self> {
+        let (cluster, folder) = (Cluster::real().await?, kubelet_folder()?);
+        let (plugins, pod_resources) = (folder.join("device-plugins"), folder.join("pod-resources/kubelet.sock"));
+        Self::with(cluster, None, plugins, pod_resources).await
+    }
+
+    async fn with(
+        cluster: Cluster,
+        stand_in: Option<(Arc<Kubelet>, tempfile::TempDir)>,
+        folder: PathBuf,
+        pod_resources: PathBuf,
+    ) -> Result<Self> {
+        let namespace = cluster.namespace().await?;
+        let machine = Self { cluster, stand_in, folder, pod_resources, node: NODE.to_owned(), namespace };
+        let is_ready = |node: &Value| {
+            node["status"]["conditions"]
+                .as_array()
+                .is_some_and(|all| all.iter().any(|one| one["type"] == "Ready" && one["status"] == "True"))
+        };
+        machine.until_node(is_ready).await?;
+        Ok(machine)
+    }
+
+    async fn until_node(&self, is_so: impl Fn(&Value) -> bool) -> Result<()> {
+        let path = format!("/api/v1/nodes/{}", self.node);
+        self.cluster.admin.until(&path, |answer| is_so(&answer.body).then_some(())).await
+    }
+
+    /// Waits until the node says so of the resource. One that the kubelet has forgotten counts as nothing.
+    async fn offers(&self, resource: &str, capacity: &str, allocatable: &str) -> Result<()> {
+        let says = |node: &Value, what: &str| node["status"][what][resource].as_str().unwrap_or("0").to_owned();
+        self.until_node(|node| says(node, "capacity") == capacity && says(node, "allocatable") == allocatable)
+            .await
+            .with_context(|| format!("{resource} is not {capacity}, of which {allocatable} may be given out"))
+    }
+
+    fn resource(&self) -> (String, String) {
+        let name = self.cluster.fresh("contract");
+        (format!("nvidia.com/{name}"), format!("{name}.sock"))
+    }
+
+    /// A plugin with these devices, registered.
+    async fn plug_in(&self, devices: &[(&str, bool)]) -> Result<(Toy, String)> {
+        let (resource, endpoint) = self.resource();
+        let toy = Toy::serve(&self.folder, &endpoint, devices, None)?;
+        register(&self.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
+        Ok((toy, resource))
+    }
+
+    fn pods(&self) -> String {
+        format!("/api/v1/namespaces/{}/pods", self.namespace)
+    }
+
+    /// A pod that holds so many devices, given to the kubelet without a scheduler. Returns its name.
+    async fn create(&self, resource: &str, count: usize) -> Result<String> {
+        let name = self.cluster.fresh("pod");
+        let limits = json!({resource: count.to_string()});
+        let container = json!({
+            "name": "main", "image": IMAGE, "imagePullPolicy": "Never",
+            "resources": {"limits": limits, "requests": limits},
+        });
+        let pod = json!({
+            "metadata": {"name": name},
+            "spec": {
+                "nodeName": self.node, "hostNetwork": true, "automountServiceAccountToken": false,
+                "tolerations": [{"operator": "Exists"}], "restartPolicy": "Always", "containers": [container],
+            },
+        });
+        self.cluster.admin.post(&self.pods(), &pod).await?.is(201)?;
+        Ok(name)
+    }
+
+    /// Waits until a pod is in this phase, and returns its status.
+    async fn until_phase(&self, name: &str, phase: &str) -> Result<Value> {
+        let path = format!("{}/{name}", self.pods());
+        let is_so = |body: &Value| body["status"]["phase"] == phase;
+        let admin = &self.cluster.admin;
+        admin.until(&path, |answer| is_so(&answer.body).then(|| answer.body["status"].clone())).await
+    }
+
+    async fn runs(&self, resource: &str, count: usize) -> Result<String> {
+        let name = self.create(resource, count).await?;
+        self.until_phase(&name, "Running").await.with_context(|| format!("{name} does not run"))?;
+        Ok(name)
+    }
+
+    async fn remove(&self, name: &str) -> Result<()> {
+        let path = format!("{}/{name}", self.pods());
+        self.cluster.admin.delete(&format!("{path}?gracePeriodSeconds=1")).await?.is(200)?;
+        self.cluster.admin.until(&path, |answer| (answer.code == 404).then_some(())).await
+    }
+
+    async fn lister(&self) -> Result<PodResourcesListerClient<tonic::transport::Channel>> {
+        let channel = kubelet_api::socket::connect(&self.pod_resources, Duration::from_secs(10)).await?;
+        Ok(PodResourcesListerClient::new(channel))
+    }
+
+    /// What a pod's container holds of a resource, as pod-resources tells.
+    async fn held(&self, pod: &str, resource: &str) -> Result<BTreeSet<String>> {
+        let list = self.lister().await?.list(pr::ListPodResourcesRequest {}).await?.into_inner();
+        let pods = list.pod_resources.into_iter().filter(|one| one.name == pod && one.namespace == self.namespace);
+        let devices = pods.flat_map(|pod| pod.containers).flat_map(|container| container.devices);
+        Ok(devices.filter(|devices| devices.resource_name == resource).flat_map(|devices| devices.device_ids).collect())
+    }
+
+    async fn stop(&self) -> Result<()> {
+        match &self.stand_in {
+            Some((kubelet, _)) => Ok(kubelet.stop().await?),
+            None => tokio::task::spawn_blocking(|| script(&["stop", "kubelet", "KILL"])).await?.map(drop),
+        }
+    }
+
+    async fn start(&self) -> Result<()> {
+        match &self.stand_in {
+            Some((kubelet, _)) => Ok(kubelet.resume().await?),
+            None => tokio::task::spawn_blocking(|| script(&["start", "kubelet"])).await?.map(drop),
+        }
+    }
+}
+
+fn ids(all: &[&str]) -> BTreeSet<String> {
+    all.iter().map(|id| (*id).to_owned()).collect()
+}
+
+const FOUR: [(&str, bool); 4] = [("0", true), ("1", true), ("2", true), ("3", true)];
+
+async fn another_version_and_bad_names_are_refused(machine: &Machine) -> Result<()> {
+    for (version, resource, text) in [
+        (
+            "v1",
+            "nvidia.com/x",
+            "requested API version \"v1\" is not supported by kubelet. Supported version is [\"v1beta1\"]",
+        ),
+        ("v1beta1", "noslash", "the ResourceName \"noslash\" is invalid"),
+        ("v1beta1", "kubernetes.io/x", "the ResourceName \"kubernetes.io/x\" is invalid"),
+        ("v1beta1", "nvidia.com/a b", "the ResourceName \"nvidia.com/a b\" is invalid"),
+    ] {
+        let refused = register(&machine.folder, version, "p.sock", resource).await.err();
+        let refused = refused.with_context(|| format!("{version} {resource} is taken"))?;
+        ensure!((refused.code(), refused.message()) == (tonic::Code::Unknown, text), "{refused:?} and not {text}");
+    }
+    Ok(())
+}
+
+async fn a_plugin_is_dialled_back_and_its_devices_are_offered(machine: &Machine) -> Result<()> {
+    let (toy, resource) = machine.plug_in(&FOUR).await?;
+    machine.offers(&resource, "4", "4").await?;
+    ensure!(toy.calls() == [("ListAndWatch", vec![])], "{:?}", toy.calls());
+    toy.end().await
+}
+
+async fn a_registration_is_answered_after_the_dial_back(machine: &Machine) -> Result<()> {
+    let (resource, endpoint) = machine.resource();
+    let refused = register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await.err();
+    let refused = refused.context("an endpoint that nobody serves is taken")?;
+    let says = (refused.code(), refused.message());
+    let wanted = (tonic::Code::Unknown, "failed to dial device plugin: context deadline exceeded");
+    ensure!(says == wanted, "{refused:?}");
+    Ok(())
+}
+
+async fn sick_devices_are_counted_and_not_offered(machine: &Machine) -> Result<()> {
+    let (toy, resource) = machine.plug_in(&FOUR).await?;
+    machine.offers(&resource, "4", "4").await?;
+    toy.has(&[("0", true), ("1", false), ("2", true), ("3", false)]);
+    machine.offers(&resource, "4", "2").await?;
+    let pod = machine.runs(&resource, 2).await?;
+    ensure!(machine.held(&pod, &resource).await? == ids(&["0", "2"]), "it holds a sick one");
+    // A held device that falls sick stays where it is.
+    toy.has(&[("0", false), ("1", false), ("2", true), ("3", true)]);
+    machine.offers(&resource, "4", "2").await?;
+    ensure!(machine.held(&pod, &resource).await? == ids(&["0", "2"]), "it has lost a device");
+    machine.until_phase(&pod, "Running").await?;
+    // One that is listed no more counts no more.
+    toy.has(&[("2", true), ("3", true)]);
+    machine.offers(&resource, "2", "2").await?;
+    machine.remove(&pod).await?;
+    toy.end().await
+}
+
+async fn a_pod_gets_what_the_plugin_prefers_and_the_calls_come_in_order(machine: &Machine) -> Result<()> {
+    let (toy, resource) = machine.plug_in(&FOUR).await?;
+    machine.offers(&resource, "4", "4").await?;
+    let first = machine.runs(&resource, 2).await?;
+    let second = machine.runs(&resource, 1).await?;
+    let all = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<Vec<_>>();
+    let wanted = [
+        ("ListAndWatch", vec![]),
+        ("GetPreferredAllocation", all(&["0", "1", "2", "3"])),
+        ("Allocate", all(&["2", "3"])),
+        ("PreStartContainer", all(&["2", "3"])),
+        ("GetPreferredAllocation", all(&["0", "1"])),
+        ("Allocate", all(&["1"])),
+        ("PreStartContainer", all(&["1"])),
+    ];
+    ensure!(toy.calls() == wanted, "{:?}", toy.calls());
+    machine.remove(&first).await?;
+    machine.remove(&second).await?;
+    toy.end().await
+}
+
+async fn a_pod_that_wants_more_than_there_is_fails_at_admission(machine: &Machine) -> Result<()> {
+    let (toy, resource) = machine.plug_in(&FOUR[..2]).await?;
+    machine.offers(&resource, "2", "2").await?;
+    let holder = machine.runs(&resource, 1).await?;
+    let pod = machine.create(&resource, 2).await?;
+    let status = machine.until_phase(&pod, "Failed").await?;
+    ensure!(status["reason"] == "UnexpectedAdmissionError", "{status:#}");
+    let message = status["message"].as_str().unwrap_or_default();
+    let part = format!(
+        "Allocate failed due to requested number of devices unavailable for {resource}. Requested: 2, Available: 1, which is unexpected"
+    );
+    ensure!(message.contains(&part), "{message}");
+    machine.remove(&holder).await?;
+    machine.cluster.admin.delete_now(&format!("{}/{pod}", machine.pods())).await?;
+    toy.end().await
+}
+
+async fn what_a_pod_holds_is_told_by_pod_resources(machine: &Machine) -> Result<()> {
+    let (toy, resource) = machine.plug_in(&FOUR).await?;
+    machine.offers(&resource, "4", "4").await?;
+    let pod = machine.runs(&resource, 3).await?;
+    ensure!(machine.held(&pod, &resource).await? == ids(&["1", "2", "3"]));
+    machine.remove(&pod).await?;
+    let deadline = Instant::now() + PATIENCE;
+    while !machine.held(&pod, &resource).await?.is_empty() {
+        ensure!(Instant::now() < deadline, "a pod that is gone holds devices");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    toy.end().await
+}
+
+async fn pod_resources_of_one_pod_can_be_got(machine: &Machine) -> Result<()> {
+    let (toy, resource) = machine.plug_in(&FOUR).await?;
+    machine.offers(&resource, "4", "4").await?;
+    let pod = machine.runs(&resource, 1).await?;
+    let ask =
+        |name: &str| pr::GetPodResourcesRequest { pod_name: name.to_owned(), pod_namespace: machine.namespace.clone() };
+    let got = machine.lister().await?.get(ask(&pod)).await?.into_inner().pod_resources.context("no pod")?;
+    ensure!(got.containers[0].devices[0].device_ids == ["3"], "{got:?}");
+    ensure!(machine.lister().await?.get(ask("nobody")).await.is_err());
+    machine.remove(&pod).await?;
+    toy.end().await
+}
+
+async fn a_plugin_that_dies_leaves_pods_running_and_comes_back(machine: &Machine) -> Result<()> {
+    let (resource, endpoint) = machine.resource();
+    let toy = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
+    machine.offers(&resource, "4", "4").await?;
+    let pod = machine.runs(&resource, 2).await?;
+    toy.end().await?;
+    machine.offers(&resource, "4", "0").await?;
+    machine.until_phase(&pod, "Running").await?;
+    ensure!(machine.held(&pod, &resource).await? == ids(&["2", "3"]));
+    let _ = std::fs::remove_file(machine.folder.join(&endpoint));
+    let toy = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
+    machine.offers(&resource, "4", "4").await?;
+    let other = machine.runs(&resource, 2).await?;
+    ensure!(machine.held(&other, &resource).await? == ids(&["0", "1"]), "a device is held twice");
+    ensure!(machine.held(&pod, &resource).await? == ids(&["2", "3"]));
+    machine.remove(&pod).await?;
+    machine.remove(&other).await?;
+    toy.end().await
+}
+
+async fn another_plugin_of_the_same_resource_takes_its_place(machine: &Machine) -> Result<()> {
+    let (old, resource) = machine.plug_in(&FOUR[..2]).await?;
+    machine.offers(&resource, "2", "2").await?;
+    let endpoint = machine.resource().1;
+    let new = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
+    machine.offers(&resource, "4", "4").await?;
+    // Later kubelets take the end of the old one for the end of the resource, until the new one tells its devices again.
+    old.end().await?;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    new.has(&FOUR[..3]);
+    machine.offers(&resource, "3", "3").await?;
+    let pod = machine.runs(&resource, 1).await?;
+    ensure!(new.calls().iter().any(|(what, _)| *what == "Allocate"), "{:?}", new.calls());
+    machine.remove(&pod).await?;
+    new.end().await
+}
+
+async fn a_restart_deletes_sockets_and_keeps_what_pods_hold(machine: &Machine) -> Result<()> {
+    let (resource, endpoint) = machine.resource();
+    let toy = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
+    machine.offers(&resource, "4", "4").await?;
+    let pod = machine.runs(&resource, 2).await?;
+    let socket = machine.folder.join(kubelet_api::KUBELET_SOCKET);
+    let before = std::fs::metadata(&socket)?;
+    std::fs::write(machine.folder.join("not-a-socket"), "")?;
+    machine.stop().await?;
+    ensure!(machine.folder.join(&endpoint).exists(), "a kubelet that ends deletes nothing");
+    machine.start().await?;
+    let deadline = Instant::now() + PATIENCE;
+    let is_another = |now: std::fs::Metadata| (now.ino(), now.ctime_nsec()) != (before.ino(), before.ctime_nsec());
+    while !std::fs::metadata(&socket).is_ok_and(is_another) {
+        ensure!(Instant::now() < deadline, "the kubelet's socket is the old one");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    ensure!(!machine.folder.join(&endpoint).exists(), "the plugin's socket is left");
+    // Only a later kubelet tells sockets from files.
+    let _ = std::fs::remove_file(machine.folder.join("not-a-socket"));
+    machine.offers(&resource, "0", "0").await?;
+    machine.until_phase(&pod, "Running").await?;
+    let other = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
+    machine.offers(&resource, "4", "4").await?;
+    ensure!(machine.held(&pod, &resource).await? == ids(&["2", "3"]));
+    let second = machine.runs(&resource, 2).await?;
+    ensure!(machine.held(&second, &resource).await? == ids(&["0", "1"]), "a device is held twice");
+    let path = format!("{}/{pod}", machine.pods());
+    let status = machine.cluster.admin.get(&path).await?.is(200)?["status"].clone();
+    ensure!(status["containerStatuses"][0]["restartCount"] == json!(0) || status["phase"] == "Running", "{status:#}");
+    ensure!(!other.calls().iter().any(|(what, ids)| *what == "Allocate" && ids.contains(&"2".to_owned())));
+    machine.remove(&pod).await?;
+    machine.remove(&second).await?;
+    let _ = toy.end().await;
+    other.end().await
+}
+
+async fn an_unknown_cdi_name_keeps_a_container_from_being_made(machine: &Machine) -> Result<()> {
+    let (resource, endpoint) = machine.resource();
+    let toy = Toy::serve(&machine.folder, &endpoint, &FOUR, Some("nvidia.com/nobody"))?;
+    register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
+    machine.offers(&resource, "4", "4").await?;
+    let pod = machine.create(&resource, 1).await?;
+    let waiting = |body: &Value| body["status"]["containerStatuses"][0]["state"]["waiting"].clone();
+    let path = format!("{}/{pod}", machine.pods());
+    let is_so = |body: &Value| (waiting(body)["reason"] == "CreateContainerError").then(|| waiting(body));
+    let waiting = machine.cluster.admin.until(&path, |answer| is_so(&answer.body)).await?;
+    let message = waiting["message"].as_str().unwrap_or_default();
+    ensure!(message.contains("CDI device injection failed: unresolvable CDI devices nvidia.com/nobody=3"), "{message}");
+    machine.cluster.admin.delete_now(&path).await?;
+    toy.end().await
+}
+
+async fn a_pods_status_names_its_devices_and_their_health(machine: &Machine) -> Result<()> {
+    let (toy, resource) = machine.plug_in(&FOUR[..1]).await?;
+    machine.offers(&resource, "1", "1").await?;
+    let pod = machine.runs(&resource, 1).await?;
+    let path = format!("{}/{pod}", machine.pods());
+    for (healthy, health) in [(true, "Healthy"), (false, "Unhealthy")] {
+        toy.has(&[("0", healthy)]);
+        let wanted = json!([{"name": resource, "resources": [{"resourceID": "0", "health": health}]}]);
+        let says = |body: &Value| body["status"]["containerStatuses"][0]["allocatedResourcesStatus"] == wanted;
+        machine.cluster.admin.until(&path, |answer| says(&answer.body).then_some(())).await?;
+    }
+    machine.remove(&pod).await?;
+    toy.end().await
+}
+
+async fn all(machine: Machine) -> Result<()> {
+    let mut failures = Vec::new();
+    // The stand-in follows the newest kubelet whose behaviour was recorded, whatever its API server says.
+    let minor = if machine.stand_in.is_some() { u32::MAX } else { machine.cluster.minor };
+    for entry in CONTRACT {
+        let what = format!("from 1.{}: {}", entry.since, entry.what.replace('_', " "));
+        if minor < entry.since {
+            println!("NOT HERE, which is 1.{minor}: {what}; against the stand-in alone");
+            continue;
+        }
+        match (entry.check)(&machine).await {
+            Ok(()) => println!("holds {what}"),
+            Err(error) => {
+                println!("FAILS {what}: {error:#}");
+                failures.push(format!("{what}: {error:#}"));
+            }
+        }
+    }
+    ensure!(failures.is_empty(), "{} of {}: {failures:#?}", failures.len(), CONTRACT.len());
+    Ok(())
+}
+
+#[test]
+fn the_stand_in_keeps_the_contract() -> Result<()> {
+    run(async { all(Machine::stand_in().await?).await })
+}
+
+#[test]
+#[ignore = "needs a real kubelet: hack/test --real-kube"]
+fn a_real_kubelet_keeps_the_contract() -> Result<()> {
+    run(async { all(Machine::real().await?).await })
+}
+
+// -- the device plugin -------------------------------------------------------------------------------------------------
+
+/// The device plugin, as a process over a fake sysfs.
+struct Agent(Child);
+
+impl Agent {
+    fn start(program: &Path, fake: &FakeSysfs, place: &Path, folder: &Path) -> Result<Self> {
+        let log = std::fs::File::options().create(true).append(true).open(place.join("log"))?;
+        let mut command = Command::new(program);
+        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command
+            .env("CCNODE_ROOT", fake.path())
+            .env("CCNODE_STATE_DIR", place.join("state"))
+            .env("CDI_DIR", place.join("cdi"))
+            .env("KUBELET_PLUGIN_DIR", folder)
+            .env("P_GPU_ALIAS", "pgpu-contract")
+            .env("VFIO_BACKEND", "legacy")
+            .env("POLL_INTERVAL", "200ms");
+        Ok(Self(command.spawn().with_context(|| program.display().to_string())?))
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+#[test]
+#[ignore = "needs a real kubelet: hack/test --real-kube"]
+fn the_device_plugin_offers_gpus_to_a_real_kubelet_and_pods_keep_them() -> Result<()> {
+    const R: &str = "nvidia.com/pgpu-contract";
+    let program = lab::programs::built()?.join("device-plugin");
+    run(async {
+        let machine = Machine::real().await?;
+        let (fake, place) = (FakeSysfs::new(), tempfile::tempdir()?);
+        let gpus = ["0000:41:00.0", "0000:42:00.0", "0000:81:00.0", "0000:82:00.0"];
+        for ((bdf, group), numa) in gpus.into_iter().zip(11..).zip([0, 0, 1, 1]) {
+            fake.gpu(bdf, 0x2330).group(group).driver("vfio-pci").numa(numa);
+        }
+        real_kube::make_vfio_nodes(11..15)?;
+        let mut agent = Agent::start(&program, &fake, place.path(), &machine.folder)?;
+        let log = || std::fs::read_to_string(place.path().join("log")).unwrap_or_default();
+        machine.offers(R, "4", "4").await.with_context(log)?;
+        let pod = machine.runs(R, 2).await.with_context(log)?;
+        let held = machine.held(&pod, R).await?;
+        ensure!(held == ids(&gpus[..2]) || held == ids(&gpus[2..]), "{held:?} are of two NUMA nodes");
+
+        // The kubelet goes and comes back.
+        machine.stop().await?;
+        machine.start().await?;
+        machine.offers(R, "4", "4").await.with_context(log)?;
+        ensure!(machine.held(&pod, R).await? == held, "the pod has lost its GPUs to a restart of the kubelet");
+
+        // A GPU that leaves its driver is offered no more.
+        let free = *gpus.iter().find(|bdf| !held.contains(**bdf)).context("none is free")?;
+        fake.unbind(free)?;
+        machine.offers(R, "4", "3").await.with_context(log)?;
+        fake.bind(free, "vfio-pci")?;
+        machine.offers(R, "4", "4").await.with_context(log)?;
+
+        // The plugin is killed, and another build takes its place.
+        agent.kill()?;
+        machine.offers(R, "4", "0").await.with_context(log)?;
+        machine.until_phase(&pod, "Running").await?;
+        let mut agent = Agent::start(&program, &fake, place.path(), &machine.folder)?;
+        machine.offers(R, "4", "4").await.with_context(log)?;
+        ensure!(machine.held(&pod, R).await? == held, "the pod has lost its GPUs to an upgrade");
+
+        // What is left goes to another pod, and no more than that.
+        let second = machine.runs(R, 2).await.with_context(log)?;
+        let others = machine.held(&second, R).await?;
+        ensure!(others.len() == 2 && others.is_disjoint(&held), "{others:?} beside {held:?}");
+        let third = machine.create(R, 1).await?;
+        machine.until_phase(&third, "Failed").await?;
+        for name in [pod, second] {
+            machine.remove(&name).await?;
+        }
+        machine.cluster.admin.delete_now(&format!("{}/{third}", machine.pods())).await?;
+        agent.kill()
+    })
+}
