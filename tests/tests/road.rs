@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
+use e2e::rendered::{Container, Rendering};
 use e2e::{
     CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, node, registers_say, the_cdi_file_is, the_labels_never_lied,
     whole_trace,
@@ -96,6 +97,74 @@ fn off_on_devtools_off() -> Result<()> {
     the_labels_never_lied(&node)?;
     the_gate_closed_first(&node)?;
     assert!(node.guest.get_file("/run/nvidia/validations/.cc-manager-ctr-ready").is_ok());
+    assert!(node.agents().iter().all(lab::node::Agent::is_running), "{}", node.logs());
+    Ok(())
+}
+
+/// What a container runtime does with a container of the chart, as far as the guest can: a root of its own, read-only but for
+/// the mounts of its manifest, and `/dev` with the host's devices for a privileged one alone. One that drops all capabilities is
+/// root in a user namespace of its own, and has no network: it has no capability over the machine at all.
+fn in_its_container(name: &str, container: &Container) -> Result<Vec<String>> {
+    let root = format!("/run/pods/{name}");
+    let mut steps = vec![
+        format!(
+            "set -e; r={root}; mkdir -p $r; mount -t tmpfs -o mode=755 none $r; mkdir -p $r/usr/bin $r/proc $r/dev"
+        ),
+        "mount --bind /usr/bin $r/usr/bin; ln -s usr/bin $r/bin; mount --rbind /proc $r/proc".to_owned(),
+    ];
+    let is_privileged = container.manifest["securityContext"]["privileged"] == true;
+    steps.push(if is_privileged {
+        "mount --rbind /dev $r/dev".to_owned()
+    } else {
+        "for d in null zero urandom; do touch $r/dev/$d; mount --bind /dev/$d $r/dev/$d; done".to_owned()
+    });
+    for mount in container.manifest["volumeMounts"].as_array().context("no mounts")? {
+        let mut volumes = container.pod["volumes"].as_array().into_iter().flatten();
+        let volume = volumes.find(|volume| volume["name"] == mount["name"]).context("a mount without volume")?;
+        let place = mount["mountPath"].as_str().context("no path")?;
+        steps.push(match volume["hostPath"]["path"].as_str() {
+            Some(host) => format!("mkdir -p {host} $r{place}; mount --rbind {host} $r{place}"),
+            None => format!("mkdir -p $r{place}; mount -t tmpfs none $r{place}"),
+        });
+        if mount["readOnly"] == true {
+            steps.push(format!("mount -o remount,bind,ro $r{place}"));
+        }
+    }
+    if container.pod["automountServiceAccountToken"] == true {
+        let place = "/var/run/secrets/kubernetes.io/serviceaccount";
+        steps.push(format!("mkdir -p $r{place}; mount --bind {place} $r{place}"));
+    }
+    let argv = container.argv.join(" ");
+    steps.push(format!("mount -o remount,ro $r; ! touch $r/x 2>/dev/null; exec chroot $r {argv}"));
+    let script = steps.join("; ");
+    let around: &[&str] = if is_privileged { &["unshare", "-m"] } else { &["unshare", "-n", "unshare", "-r", "-m"] };
+    Ok(around.iter().copied().chain(["sh", "-c", &script]).map(ToOwned::to_owned).collect())
+}
+
+#[test]
+fn off_on_off_with_the_agents_as_the_chart_starts_them() -> Result<()> {
+    let Some(mut node) = node("h100x2", &[(CC_MODE, "off")])? else { return Ok(()) };
+    let rendering = Rendering::read("rendered/default.yaml")?;
+    // Modules are loaded with capabilities, which these have none of.
+    node.look(&["modprobe", "vfio-pci"])?;
+    node.start_kubelet()?;
+    for name in ["vfio-manager", "cc-manager", "device-plugin"] {
+        let container = rendering.container(name)?;
+        let argv = in_its_container(name, &container)?;
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        let env: Vec<(&str, &str)> = container.env.iter().map(|(name, value)| (&**name, &**value)).collect();
+        // The scenario asks for one mode after the other.
+        let quick = [("CCNODE_HOLD_DOWN", "1ms"), ("CCNODE_RELEASE_POLL", "1s"), ("POLL_INTERVAL", "1s")];
+        node.start_agent(&argv, &[env, quick.to_vec()].concat())?;
+    }
+    arrives(&node, "off", "false").with_context(|| node.logs())?;
+    for (mode, ready) in [("on", "true"), ("off", "false")] {
+        node.ask_for(mode)?;
+        arrives(&node, mode, ready).with_context(|| format!("on the way to {mode}\n{}", node.logs()))?;
+    }
+    the_labels_never_lied(&node)?;
+    the_gate_closed_first(&node)?;
+    assert!(node.guest.get_file("/run/nvidia/validations/.cc-manager-ctr-ready").is_err(), "nobody waits for it here");
     assert!(node.agents().iter().all(lab::node::Agent::is_running), "{}", node.logs());
     Ok(())
 }
