@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agent_core::health::HealthArgs;
@@ -14,6 +14,7 @@ use hw_probe::SysRoot;
 use crate::controller::{self, Config};
 use crate::names::Naming;
 use crate::observe::Places;
+use crate::server::{Manner, PpciePolicy, Role};
 use crate::units::{BackendChoice, CcGate, IdScheme, Policy};
 
 /// Offers VFIO-bound NVIDIA GPUs and NVSwitches to the kubelet, with CDI files by which Kata finds them
@@ -42,9 +43,27 @@ pub struct Args {
     #[arg(long, env = "CC_GATE", value_enum, default_value_t = CcGate::Off)]
     pub cc_gate: CcGate,
 
+    /// Whose plugin to be: Kata's; or KubeVirt's, with one resource a model, PCI addresses as IDs and no CDI files [default:
+    /// kubevirt for a program of the name nvidia-kubevirt-gpu-device-plugin, else kata]
+    #[arg(long, env = "DEVICE_PLUGIN_ROLE", value_enum)]
+    pub role: Option<Role>,
+
+    /// Name CDI devices in answers to Allocate, too: container runtimes then inject the nodes by CDI. Kata does not need it
+    #[arg(long, env = "CDI_IN_ALLOCATE")]
+    pub cdi_in_allocate: bool,
+
+    /// What to do when a container asks for a part of the GPUs or switches of a node in protected PCIe. To enforce refuses
+    /// pods, too, whose containers have all of them between them: the kubelet asks for one container at a time
+    #[arg(long, env = "PPCIE_POLICY", value_enum, default_value_t = PpciePolicy::Warn)]
+    pub ppcie_policy: PpciePolicy,
+
     /// Folder of the CDI files
     #[arg(long, env = "CDI_DIR", value_name = "DIR", default_value = "/var/run/cdi")]
     pub cdi_dir: PathBuf,
+
+    /// The other folder that CDI libraries read: a file there may define devices of ours, too
+    #[arg(long, env = "CDI_STATIC_DIR", value_name = "DIR", default_value = "/etc/cdi")]
+    pub cdi_static_dir: PathBuf,
 
     /// The kubelet's device plugin folder
     #[arg(long, env = "KUBELET_PLUGIN_DIR", value_name = "DIR", default_value = "/var/lib/kubelet/device-plugins")]
@@ -84,6 +103,12 @@ fn naming(text: &str) -> Result<Naming, String> {
     text.parse().map_err(|error: crate::names::NameError| error.to_string())
 }
 
+/// The operator names no command, and so runs what the image is made to run: the reference's programs, by their names.
+fn role_of(program: impl AsRef<Path>) -> Role {
+    let name = program.as_ref().file_name();
+    if name.is_some_and(|name| name == "nvidia-kubevirt-gpu-device-plugin") { Role::Kubevirt } else { Role::Kata }
+}
+
 /// Go's notion of a true flag, which is what the reference reads `ENABLE_GFD` by.
 fn is_true(text: &str) -> bool {
     matches!(text, "1" | "t" | "T" | "TRUE" | "true" | "True")
@@ -98,7 +123,11 @@ impl Args {
             device_id_scheme,
             vfio_backend,
             cc_gate,
+            role,
+            cdi_in_allocate,
+            ppcie_policy,
             cdi_dir,
+            cdi_static_dir,
             kubelet_plugin_dir,
             state_dir,
             poll_interval,
@@ -108,6 +137,12 @@ impl Args {
             log,
             health,
         } = self;
+        let role = role.unwrap_or_else(|| role_of(std::env::args_os().next().unwrap_or_default()));
+        let (gpu_alias, nvswitch_alias, device_id_scheme) = match role {
+            Role::Kata => (gpu_alias, nvswitch_alias, device_id_scheme),
+            // KubeVirt's users name models in their virtual machines, and its launcher takes IDs for PCI addresses.
+            Role::Kubevirt => (Naming::PerModel, Naming::PerModel, IdScheme::Pci),
+        };
         logs::init(&log)?;
         let shutdown = Shutdown::on_signals().context("Signals cannot be handled")?;
         let readiness = readiness::Registry::default();
@@ -118,7 +153,7 @@ impl Args {
         };
         tracing::info!(
             event = "started", version = env!("CARGO_PKG_VERSION"), node = node_name, gpus = %gpu_alias,
-            nvswitches = %nvswitch_alias, ids = ?device_id_scheme, backend = ?vfio_backend, cc_gate = ?cc_gate,
+            nvswitches = %nvswitch_alias, ids = ?device_id_scheme, ?role, backend = ?vfio_backend, cc_gate = ?cc_gate,
             cdi_dir = %cdi_dir.display(), kubelet_plugin_dir = %kubelet_plugin_dir.display(), "Device plugin started"
         );
         if is_true(&enable_gfd) {
@@ -136,7 +171,9 @@ impl Args {
                 backend: vfio_backend,
                 gate: cc_gate,
             },
+            manner: Manner { role, cdi_in_allocate, ppcie: ppcie_policy, backend: vfio_backend },
             cdi_dir,
+            cdi_static_dir,
             plugin_dir: kubelet_plugin_dir,
             poll: poll_interval,
         };
@@ -179,6 +216,16 @@ mod tests {
         assert_eq!(parse(&["--gpu-alias", ""]).unwrap().gpu_alias, Naming::PerModel);
         let error = parse(&["--gpu-alias", "nvidia.com/pgpu"]).unwrap_err().to_string();
         assert!(error.contains("--gpu-alias") && error.contains("has a dot"), "{error}");
+    }
+
+    #[test]
+    fn the_role_is_told_by_the_programs_name_or_by_word() {
+        assert_eq!(role_of("/usr/bin/nvidia-kubevirt-gpu-device-plugin"), Role::Kubevirt);
+        for name in ["nvidia-sandbox-device-plugin", "/usr/bin/device-plugin", ""] {
+            assert_eq!(role_of(name), Role::Kata, "{name}");
+        }
+        assert_eq!(parse(&[]).unwrap().role, None);
+        assert_eq!(parse(&["--role", "kubevirt"]).unwrap().role, Some(Role::Kubevirt));
     }
 
     #[test]

@@ -2,13 +2,23 @@
 //!
 //! The file name, the version and the shape are the reference's to the letter, because two files that define one device
 //! break every Kata GPU pod on the node: ours must overwrite the reference's, and the reference's ours.
+//!
+//! What is written is read back as Kata reads it, with everybody else's files ([`Resolver`]), before the kubelet is told.
+//! The crate container-device-interface would bring 84 more packages into the lock file, an HTTP client and a TLS library
+//! in C among them, for its check against a JSON schema. So the text is written here, four fields of foreign files are read
+//! by serde, and that what is written is valid is tested with the kubelet stand-in's reader, which is strict and was written
+//! from CDI's rules alone.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
 use agent_core::hostfile::{HostDir, HostFileError};
 use agent_core::text::chain;
+use serde::Deserialize;
 
 use crate::names::{ResourceName, VENDOR};
 use crate::units::Unit;
@@ -156,26 +166,182 @@ fn is_ours(resource: &ResourceName, text: &str) -> bool {
         })
 }
 
+/// A CDI file as far as it matters here: which devices it defines, by which nodes.
+#[derive(Deserialize)]
+struct Spec {
+    kind: String,
+    #[serde(default)]
+    devices: Vec<SpecDevice>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SpecDevice {
+    name: String,
+    #[serde(default)]
+    container_edits: Edits,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Edits {
+    #[serde(default)]
+    device_nodes: Vec<Node>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Node {
+    path: String,
+    #[serde(default)]
+    host_path: Option<String>,
+}
+
+/// Fully qualified names of devices, each with its nodes.
+type Devices = BTreeMap<String, Vec<String>>;
+
+/// What a file was when it was read: another file, or another content, has another one.
+type Stamp = (u64, u64, u64, i64, i64);
+
+/// What Kata will find, read as its CDI library does: all files of all folders.
+#[derive(Debug)]
+pub struct Resolver {
+    /// Lowest priority first.
+    folders: Vec<PathBuf>,
+    /// What was read, and is not read again while it is the same file.
+    read: BTreeMap<PathBuf, (Stamp, Result<Devices, String>)>,
+}
+
+/// What a look at all CDI files gave.
+#[derive(Debug, Default)]
+pub struct Resolved {
+    /// Why a unit that has nodes does not resolve to them, by resource and ID.
+    pub failed: BTreeMap<(ResourceName, String), String>,
+    /// Files that do not parse. They may keep every Kata pod from starting, and are not ours.
+    pub problems: BTreeMap<PathBuf, String>,
+}
+
+impl Resolver {
+    /// Reads `folders`, of which the later ones count more.
+    pub fn new(folders: impl IntoIterator<Item = PathBuf>) -> Self {
+        let mut unique: Vec<PathBuf> = Vec::new();
+        for folder in folders {
+            if !unique.contains(&folder) {
+                unique.push(folder);
+            }
+        }
+        Self { folders: unique, read: BTreeMap::new() }
+    }
+
+    /// Looks whether each of `units` that has nodes resolves to just these.
+    pub fn check(&mut self, units: &[Unit]) -> Resolved {
+        let files = self.refresh();
+        let mut resolved = Resolved::default();
+        for (path, (_, content)) in &self.read {
+            if let Err(reason) = content {
+                resolved.problems.insert(path.clone(), reason.clone());
+            }
+        }
+        for unit in units.iter().filter(|unit| !unit.nodes.is_empty()) {
+            if let Err(reason) = self.resolve(&files, unit) {
+                resolved.failed.insert((unit.resource.clone(), unit.id.clone()), reason);
+            }
+        }
+        resolved
+    }
+
+    /// A device of a later folder is taken before one of an earlier folder; two in one folder make it no device.
+    fn resolve(&self, files: &[Vec<PathBuf>], unit: &Unit) -> Result<(), String> {
+        let device = format!("{}={}", unit.resource, unit.id);
+        let definitions = |folder: &Vec<PathBuf>| -> Vec<(PathBuf, Vec<String>)> {
+            let nodes = |path: &PathBuf| self.read.get(path)?.1.as_ref().ok()?.get(&device).cloned();
+            folder.iter().filter_map(|path| Some((path.clone(), nodes(path)?))).collect()
+        };
+        let found = files.iter().rev().map(definitions).find(|found| !found.is_empty()).unwrap_or_default();
+        let ours = file_name(&unit.resource);
+        let foreign = || found.iter().map(|(path, _)| path).find(|path| !path.ends_with(&ours));
+        match (found.as_slice(), foreign()) {
+            ([], _) => Err(format!("No CDI file defines {device}, though it was written")),
+            ([(_, nodes)], _) if *nodes == unit.nodes => Ok(()),
+            ([_], None) => Err(format!("The CDI file of {device} names other nodes than the device has")),
+            ([_], Some(path)) => Err(format!(
+                "{} defines CDI device {device} in the place of {ours}; remove the device there",
+                path.display()
+            )),
+            (_, path) => Err(format!(
+                "{} defines CDI device {device} as well as {ours}, and Kata takes neither; remove it there",
+                path.unwrap_or(&found[0].0).display()
+            )),
+        }
+    }
+
+    /// Reads what has changed; gives the files of each folder.
+    fn refresh(&mut self) -> Vec<Vec<PathBuf>> {
+        let files: Vec<Vec<PathBuf>> = self.folders.iter().map(|folder| specs(folder)).collect();
+        self.read.retain(|path, _| files.iter().flatten().any(|file| file == path));
+        for path in files.iter().flatten() {
+            let Ok(meta) = std::fs::metadata(path) else {
+                self.read.remove(path);
+                continue;
+            };
+            let stamp = stamp(&meta);
+            if self.read.get(path).is_none_or(|(known, _)| *known != stamp) {
+                self.read.insert(path.clone(), (stamp, devices(path)));
+            }
+        }
+        files
+    }
+}
+
+fn stamp(meta: &Metadata) -> Stamp {
+    (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec())
+}
+
+/// The files of a folder that CDI libraries read, in name order; none where it cannot be read.
+fn specs(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut paths: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "yaml" || extension == "json"))
+        .collect();
+    paths.sort();
+    paths
+}
+
+fn devices(path: &Path) -> Result<Devices, String> {
+    let text = text(path).map_err(|error| error.to_string())?;
+    let spec: Spec = serde_saphyr::from_str(&text).map_err(|error| first_line(&error.to_string()))?;
+    let nodes = |edits: Edits| edits.device_nodes.into_iter().map(|node| node.host_path.unwrap_or(node.path)).collect();
+    Ok(spec.devices.into_iter().map(|d| (format!("{}={}", spec.kind, d.name), nodes(d.container_edits))).collect())
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().chars().take(200).collect()
+}
+
+fn text(path: &Path) -> io::Result<String> {
+    // O_NONBLOCK: a FIFO under such a name must not make us wait for a writer.
+    let file = OpenOptions::new().read(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(path)?;
+    let meta = File::metadata(&file)?;
+    if !meta.is_file() {
+        return Err(io::Error::other("It is not a regular file"));
+    }
+    if meta.len() > LONGEST {
+        return Err(io::Error::other(format!("It holds more than {LONGEST} bytes")));
+    }
+    let mut text = String::new();
+    file.take(LONGEST).read_to_string(&mut text)?;
+    Ok(text)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     use super::*;
-    use crate::units::Backend;
 
     fn unit(id: &str, nodes: &[&str]) -> Unit {
-        Unit {
-            id: id.into(),
-            resource: "pgpu".parse().unwrap(),
-            bdf: "0000:41:00.0".parse().unwrap(),
-            ids: (0x10de, 0x2330),
-            functions: Vec::new(),
-            backend: Backend::Iommufd,
-            nodes: nodes.iter().map(ToString::to_string).collect(),
-            numa: BTreeSet::new(),
-            fault: None,
-        }
+        Unit { nodes: nodes.iter().map(ToString::to_string).collect(), ..Unit::sample(id) }
     }
 
     fn pgpu() -> ResourceName {
@@ -300,6 +466,73 @@ devices:
                 "vendor.com-x.json"
             ]
         );
+    }
+
+    fn kata() -> (tempfile::TempDir, Resolver) {
+        let place = tempfile::tempdir().unwrap();
+        for folder in ["etc", "run"] {
+            std::fs::create_dir(place.path().join(folder)).unwrap();
+        }
+        let resolver = Resolver::new([place.path().join("etc"), place.path().join("run"), place.path().join("run")]);
+        (place, resolver)
+    }
+
+    #[test]
+    fn what_kata_would_not_find_is_told_with_the_file_in_the_way() {
+        let unit = unit("0000:41:00.0", &["/dev/vfio/devices/vfio1"]);
+        let other = Unit { nodes: vec!["/dev/vfio/devices/vfio9".into()], ..unit.clone() };
+        let (ours, moved) = (render(&pgpu(), &[unit.clone()]).unwrap(), render(&pgpu(), &[other]).unwrap());
+        let json = r#"{"cdiVersion":"0.6.0","kind":"nvidia.com/pgpu","devices":[{"name":"0000:41:00.0","containerEdits":{"deviceNodes":[{"path":"/dev/x"}]}}]}"#;
+        let gpu = ours.replace("nvidia.com/pgpu", "nvidia.com/gpu");
+        // Files -> words of the fault; none where it resolves.
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+        let cases: &[Case] = &[
+            (&[("run/nvidia.com-pgpu.yaml", &ours)], &[]),
+            (&[("run/nvidia.com-pgpu.yaml", &ours), ("etc/a.yaml", &moved)], &[]),
+            (&[("run/nvidia.com-pgpu.yaml", &ours), ("run/a.yaml", &gpu)], &[]),
+            (&[("run/nvidia.com-pgpu.yaml", &ours), ("run/a.yml", &moved), ("run/sub.yaml/a.yaml", &moved)], &[]),
+            (&[("run/nvidia.com-pgpu.yaml", &ours), ("run/a.yaml", &ours)], &["run/a.yaml defines", "takes neither"]),
+            (&[("run/nvidia.com-pgpu.yaml", &ours), ("run/z.json", json)], &["run/z.json defines", "takes neither"]),
+            (&[("etc/nvidia.com-pgpu.yaml", &ours), ("run/z.json", json)], &["run/z.json defines", "in the place of"]),
+            (&[("run/nvidia.com-pgpu.yaml", &moved)], &["names other nodes"]),
+            (&[("run/a.yaml", &gpu)], &["No CDI file defines nvidia.com/pgpu=0000:41:00.0"]),
+            (&[], &["No CDI file defines"]),
+        ];
+        for (files, words) in cases {
+            let (place, mut resolver) = kata();
+            for (name, text) in *files {
+                let path = place.path().join(name);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, text).unwrap();
+            }
+            let resolved = resolver.check(std::slice::from_ref(&unit));
+            let reason = resolved.failed.get(&(pgpu(), unit.id.clone()));
+            assert_eq!(reason.is_some(), !words.is_empty(), "{files:?}: {reason:?}");
+            assert!(words.iter().all(|words| reason.unwrap().contains(words)), "{files:?}: {reason:?}");
+        }
+    }
+
+    #[test]
+    fn files_are_read_again_only_when_they_change_and_broken_ones_are_told() {
+        let unit = unit("1", &["/dev/vfio/devices/vfio1"]);
+        let (place, mut resolver) = kata();
+        CdiFolder::new(place.path().join("run")).sync(&files(&[("pgpu", &render(&pgpu(), &[unit.clone()]).unwrap())]));
+        let foreign = place.path().join("etc/foreign.yaml");
+        for (text, is_broken) in
+            [("kind: a.b/c\n", false), ("kind: [", true), ("a: b\n", true), ("kind: a.b/cc\n", false)]
+        {
+            std::fs::write(&foreign, text).unwrap();
+            let resolved = resolver.check(std::slice::from_ref(&unit));
+            assert!(resolved.failed.is_empty(), "{resolved:?}");
+            assert_eq!(resolved.problems.contains_key(&foreign), is_broken, "{text:?}: {resolved:?}");
+        }
+        std::fs::remove_file(&foreign).unwrap();
+        nix::unistd::mkfifo(&foreign, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let resolved = resolver.check(std::slice::from_ref(&unit));
+        assert!(resolved.problems[&foreign].contains("not a regular file"), "{resolved:?}");
+        std::fs::remove_file(&foreign).unwrap();
+        assert!(resolver.check(&[unit]).problems.is_empty());
+        assert_eq!(resolver.read.len(), 1);
     }
 
     #[test]

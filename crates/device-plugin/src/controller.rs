@@ -15,12 +15,12 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::cdi::{CdiFolder, render};
+use crate::cdi::{CdiFolder, Resolver, render};
 use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::observe::{ObserveError, Places, observe};
 use crate::plugin::Plugin;
-use crate::server::Snapshot;
+use crate::server::{Manner, Role, Snapshot};
 use crate::units::{Fault, Observation, Policy, Unit, units, withdrawn};
 use crate::watch::FolderWatch;
 
@@ -28,6 +28,9 @@ use crate::watch::FolderWatch;
 const LOOK: Duration = Duration::from_secs(30);
 /// Events come in bursts (a rebind is four): one look for all of them.
 const SETTLE: Duration = Duration::from_millis(50);
+/// How long a CDI file keeps a device after the kubelet was told that it is of no use: no longer than a stream needs to
+/// hear it.
+const LINGER: Duration = Duration::from_millis(500);
 /// How long the plugins may take to end.
 const END: Duration = Duration::from_secs(5);
 
@@ -38,8 +41,12 @@ pub struct Config {
     pub places: Places,
     /// What is wanted.
     pub policy: Policy,
+    /// How the kubelet's requests are answered.
+    pub manner: Manner,
     /// Folder of the CDI files.
     pub cdi_dir: PathBuf,
+    /// The other folder that CDI libraries read, which counts less.
+    pub cdi_static_dir: PathBuf,
     /// The kubelet's device plugin folder.
     pub plugin_dir: PathBuf,
     /// Longest time between two looks at the node.
@@ -75,6 +82,10 @@ pub async fn run(
         metrics: PluginMetrics::register(metrics),
         scanned: readiness.register("scan"),
         cdi: CdiFolder::new(&config.cdi_dir),
+        resolver: Resolver::new([config.cdi_static_dir.clone(), config.cdi_dir.clone()]),
+        changes: FolderWatch::new(&config.cdi_dir),
+        leaving: BTreeMap::new(),
+        broken: BTreeMap::new(),
         config,
         shutdown,
         readiness,
@@ -98,6 +109,13 @@ type Look = JoinHandle<Result<Observation, ObserveError>>;
 struct Controller {
     config: Config,
     cdi: CdiFolder,
+    resolver: Resolver,
+    /// The folder of the CDI files.
+    changes: FolderWatch,
+    /// Units that the kubelet was told are of no use, and that the CDI files have until then.
+    leaving: BTreeMap<(ResourceName, String), (Instant, Unit)>,
+    /// CDI files that do not parse, as they were logged last.
+    broken: BTreeMap<PathBuf, String>,
     shutdown: Shutdown,
     readiness: Registry,
     scanned: Guard,
@@ -122,6 +140,7 @@ impl Controller {
         loop {
             let next = Instant::now() + self.config.poll;
             self.state.arm();
+            let watched = self.changes.arm();
             let places = self.config.places.clone();
             let look = self.pending.take().unwrap_or_else(|| spawn_blocking(move || observe(&places)));
             let (looked, heard) = self.hearing(look_within(look)).await;
@@ -129,10 +148,14 @@ impl Controller {
             self.pending = pending;
             self.apply(looked);
             // What was seen is older than what cc-manager has said meanwhile.
-            let next = if heard { Instant::now() } else { next };
+            // So is the folder of CDI files that has just been made, and could not be watched before.
+            let made = self.changes.arm() && !watched;
+            let next = if heard || made { Instant::now() } else { next };
+            let next = self.leaving.values().map(|(until, _)| *until).chain([next]).min().unwrap_or(next);
             let woken = async {
                 tokio::select! {
                     () = devices.changed() => {}
+                    () = self.changes.changed() => {}
                     () = sleep(next.saturating_duration_since(Instant::now())) => {}
                 }
             };
@@ -224,30 +247,50 @@ impl Controller {
         self.publish();
     }
 
+    /// Writes what is new before the kubelet is told of it, and keeps what goes until the kubelet has heard.
     fn write_cdi(&mut self, now: &mut [Unit]) {
+        if self.config.manner.role == Role::Kubevirt {
+            return;
+        }
+        let stays = |unit: &Unit| now.iter().any(|now| named(now) == named(unit) && !now.nodes.is_empty());
+        let until = Instant::now() + LINGER;
+        for unit in self.units.iter().filter(|unit| !unit.nodes.is_empty() && !stays(unit)) {
+            self.leaving.entry(named(unit)).or_insert_with(|| (until, unit.clone()));
+        }
+        self.leaving.retain(|_, (until, unit)| *until > Instant::now() && !stays(unit));
         let mut by_resource: BTreeMap<ResourceName, Vec<Unit>> = BTreeMap::new();
-        for unit in &*now {
+        for unit in now.iter().filter(|unit| !unit.nodes.is_empty()).chain(self.leaving.values().map(|(_, unit)| unit))
+        {
             by_resource.entry(unit.resource.clone()).or_default().push(unit.clone());
         }
         let files: BTreeMap<ResourceName, String> =
             by_resource.iter().filter_map(|(name, units)| Some((name.clone(), render(name, units)?))).collect();
         let synced = self.cdi.sync(&files);
         for (resource, path) in &synced.written {
-            let listed = by_resource.get(resource).into_iter().flatten().filter(|unit| !unit.nodes.is_empty());
-            let devices: Vec<&str> = listed.map(|unit| unit.id.as_str()).collect();
+            let devices: Vec<&str> =
+                by_resource.get(resource).into_iter().flatten().map(|unit| unit.id.as_str()).collect();
             let devices = devices.join(",");
             tracing::info!(event = "cdi_written", path = %path.display(), devices, %resource, "CDI file written");
         }
         for path in &synced.removed {
             tracing::info!(event = "cdi_removed", path = %path.display(), "Stale CDI file removed");
         }
-        for unit in now {
-            if unit.fault.is_none()
-                && let Some(error) = synced.failed.get(&unit.resource)
-            {
-                unit.fault = Some(Fault::NoCdi(error.clone()));
-            }
+        let resolved = self.resolver.check(now);
+        for unit in now.iter_mut().filter(|unit| unit.fault.is_none()) {
+            unit.fault = if let Some(error) = synced.failed.get(&unit.resource) {
+                Some(Fault::NoCdi(error.clone()))
+            } else {
+                resolved.failed.get(&named(unit)).cloned().map(Fault::CdiConflict)
+            };
         }
+        for (path, reason) in resolved.problems.iter().filter(|(path, reason)| self.broken.get(*path) != Some(reason)) {
+            tracing::warn!(
+                event = "cdi_broken", path = %path.display(), reason,
+                "A CDI file does not parse, which may keep every Kata pod on this node from starting; repair or remove it"
+            );
+        }
+        self.metrics.cdi_problems(resolved.problems.len());
+        self.broken = resolved.problems;
     }
 
     /// Hands each resource its units, and brings a resource to life that has none yet.
@@ -272,6 +315,7 @@ impl Controller {
                     resource: resource.clone(),
                     units,
                     folder: self.config.plugin_dir.clone(),
+                    manner: self.config.manner,
                     shutdown: self.shutdown.clone(),
                     ready: self.readiness.register(resource.to_string()),
                     metrics: self.metrics.clone(),
@@ -304,6 +348,11 @@ async fn look_within(mut look: Look) -> (Result<Observation, String>, Option<Loo
         Ok(Ok(Err(error))) => (Err(chain(&error)), None),
         Ok(Err(error)) => (Err(chain(&error)), None),
     }
+}
+
+/// What the kubelet and CDI call it.
+fn named(unit: &Unit) -> (ResourceName, String) {
+    (unit.resource.clone(), unit.id.clone())
 }
 
 fn tell(unit: &Unit) {

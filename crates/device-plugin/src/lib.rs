@@ -12,6 +12,7 @@ mod metrics;
 pub mod names;
 pub mod observe;
 pub mod plugin;
+pub mod preferred;
 pub mod server;
 pub mod units;
 pub mod watch;

@@ -1,15 +1,20 @@
 //! What the agent counts. Labels are the node's resources and fixed words: nothing grows with time or with pods.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use agent_core::metrics::Metrics;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
 
 use crate::names::ResourceName;
 use crate::units::{Fault, Unit};
+
+const ALLOCATION_SECONDS: [f64; 8] = [0.000_01, 0.000_02, 0.000_05, 0.000_1, 0.001, 0.01, 0.1, 1.0];
+const REGISTER_SECONDS: [f64; 8] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct UnitLabels {
@@ -33,16 +38,30 @@ struct AllocationLabels {
 }
 
 /// Units by health, registrations and allocations. Clones count together.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct PluginMetrics {
     units: Family<UnitLabels, Gauge>,
     registrations: Family<ResourceLabel, Counter>,
     allocations: Family<AllocationLabels, Counter>,
+    allocation_seconds: Family<ResourceLabel, Histogram, fn() -> Histogram>,
+    partial_domains: Family<ResourceLabel, Counter>,
+    register_seconds: Family<ResourceLabel, Histogram, fn() -> Histogram>,
+    kubelet_restarts: Family<ResourceLabel, Counter>,
+    cdi_problems: Gauge,
 }
 
 impl PluginMetrics {
     pub(crate) fn register(registry: &Metrics) -> Self {
-        let metrics = Self::default();
+        let metrics = Self {
+            units: Family::default(),
+            registrations: Family::default(),
+            allocations: Family::default(),
+            allocation_seconds: Family::new_with_constructor(|| Histogram::new(ALLOCATION_SECONDS)),
+            partial_domains: Family::default(),
+            register_seconds: Family::new_with_constructor(|| Histogram::new(REGISTER_SECONDS)),
+            kubelet_restarts: Family::default(),
+            cdi_problems: Gauge::default(),
+        };
         registry.register(
             "plugin_units",
             "Units by resource, health and cause, as the kubelet is told",
@@ -57,6 +76,31 @@ impl PluginMetrics {
             "plugin_allocations",
             "Allocations that the kubelet asked for, by resource and result",
             metrics.allocations.clone(),
+        );
+        registry.register(
+            "plugin_allocation_seconds",
+            "Time from an allocation's arrival to its answer, by resource",
+            metrics.allocation_seconds.clone(),
+        );
+        registry.register(
+            "plugin_partial_domains",
+            "Allocations of a part of a protected PCIe domain, given or refused, by resource",
+            metrics.partial_domains.clone(),
+        );
+        registry.register(
+            "plugin_register_seconds",
+            "Time from the kubelet's appearance to its taking the registration, by resource",
+            metrics.register_seconds.clone(),
+        );
+        registry.register(
+            "plugin_kubelet_restarts",
+            "Times that another kubelet was found in the place of the one that knew of the resource",
+            metrics.kubelet_restarts.clone(),
+        );
+        registry.register(
+            "plugin_cdi_problem_files",
+            "CDI files on the node, of whomever, that do not parse and so may keep every Kata pod from starting",
+            metrics.cdi_problems.clone(),
         );
         metrics
     }
@@ -74,12 +118,28 @@ impl PluginMetrics {
         }
     }
 
-    pub(crate) fn registered(&self, resource: &ResourceName) {
-        self.registrations.get_or_create(&ResourceLabel { resource: resource.to_string() }).inc();
+    pub(crate) fn registered(&self, resource: &ResourceName, after: Duration) {
+        let label = ResourceLabel { resource: resource.to_string() };
+        self.registrations.get_or_create(&label).inc();
+        self.register_seconds.get_or_create(&label).observe(after.as_secs_f64());
     }
 
-    pub(crate) fn allocation(&self, resource: &ResourceName, given: bool) {
+    pub(crate) fn kubelet_restarted(&self, resource: &ResourceName) {
+        self.kubelet_restarts.get_or_create(&ResourceLabel { resource: resource.to_string() }).inc();
+    }
+
+    pub(crate) fn allocation(&self, resource: &ResourceName, given: bool, took: Duration) {
         let result = if given { "given" } else { "refused" };
-        self.allocations.get_or_create(&AllocationLabels { resource: resource.to_string(), result }).inc();
+        let resource = resource.to_string();
+        self.allocations.get_or_create(&AllocationLabels { resource: resource.clone(), result }).inc();
+        self.allocation_seconds.get_or_create(&ResourceLabel { resource }).observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn partial(&self, resource: &ResourceName) {
+        self.partial_domains.get_or_create(&ResourceLabel { resource: resource.to_string() }).inc();
+    }
+
+    pub(crate) fn cdi_problems(&self, files: usize) {
+        self.cdi_problems.set(i64::try_from(files).unwrap_or(i64::MAX));
     }
 }

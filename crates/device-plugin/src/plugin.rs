@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
-use crate::server::{Service, Snapshot, options};
+use crate::server::{Manner, Role, Service, Snapshot, digest, options};
 use crate::watch::FolderWatch;
 
 /// Longest path that fits into a Unix socket address, with its final zero byte.
@@ -35,6 +35,9 @@ const UNHEARD: Duration = Duration::from_secs(5);
 /// First and longest wait before the kubelet is asked again. Spread at random, so that several resources (and several
 /// nodes after a power cut) do not knock at the same moment.
 const RETRY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(30)];
+/// A socket is there a moment before somebody listens at it: how often a connection is tried again at once, and after
+/// how long.
+const QUICK: (u32, Duration) = (20, Duration::from_millis(5));
 /// How often the sockets are looked at when the folder can be watched, and when it cannot.
 const LOOK: [Duration; 2] = [Duration::from_secs(15), Duration::from_secs(1)];
 
@@ -47,6 +50,8 @@ pub struct Plugin {
     pub units: watch::Receiver<Snapshot>,
     /// The kubelet's device plugin folder.
     pub folder: PathBuf,
+    /// How it answers.
+    pub manner: Manner,
     /// The end.
     pub shutdown: Shutdown,
     /// Says whether the kubelet listens to us.
@@ -104,6 +109,18 @@ impl Said {
     }
 }
 
+/// What is kept from one life of the socket to the next.
+struct Past {
+    backoff: Backoff,
+    said: Said,
+    /// The kubelet that took the last registration.
+    kubelet: Option<SocketId>,
+    /// The kubelet that is there, and since when.
+    appeared: Option<(SocketId, Instant)>,
+    /// How often it was tried at once.
+    quick: u32,
+}
+
 /// Why serving ended.
 enum End {
     Shutdown,
@@ -114,25 +131,30 @@ enum End {
 }
 
 /// Base name of the socket in the kubelet's folder.
-fn endpoint(resource: &ResourceName, folder: &Path) -> String {
-    let name = format!("sandbox-{}.sock", resource.class());
+fn endpoint(role: Role, resource: &ResourceName, folder: &Path) -> String {
+    let whose = match role {
+        Role::Kata => "sandbox",
+        Role::Kubevirt => "kubevirt",
+    };
+    let name = format!("{whose}-{}.sock", resource.class());
     if folder.as_os_str().len() + 1 + name.len() <= SOCKET_PATH {
         return name;
     }
     // Too long for a socket address: the end of the name says least, a hash of all of it keeps two names apart.
-    let hash = resource
-        .class()
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
-    format!("sandbox-{hash:016x}.sock")
+    format!("{whose}-{:016x}.sock", digest(resource))
 }
 
 impl Plugin {
     /// Serves and registers until the shutdown, whatever the kubelet does meanwhile.
     pub async fn run(mut self) {
-        let endpoint = endpoint(&self.resource, &self.folder);
-        let mut backoff = Backoff::new(RETRY[0], RETRY[1]);
-        let mut said = Said::default();
+        let endpoint = endpoint(self.manner.role, &self.resource, &self.folder);
+        let mut past = Past {
+            backoff: Backoff::new(RETRY[0], RETRY[1]),
+            said: Said::default(),
+            kubelet: None,
+            appeared: None,
+            quick: 0,
+        };
         while !self.shutdown.is_requested() {
             // Nothing is served before there is something to serve.
             tokio::select! {
@@ -140,12 +162,12 @@ impl Plugin {
                 some = self.units.wait_for(|units| !units.is_empty()) => if some.is_err() { return },
             }
             let path = self.folder.join(&endpoint);
-            match self.serve(&path, &endpoint, &mut backoff, &mut said).await {
+            match self.serve(&path, &endpoint, &mut past).await {
                 Ok(End::Shutdown | End::Over) => return,
                 Ok(End::Lost(why)) => tracing::info!(resource = %self.resource, why, "Serving again"),
                 Err(error) => {
-                    said.warn(&self.resource, chain(&error));
-                    let delay = backoff.next_delay();
+                    past.said.warn(&self.resource, chain(&error));
+                    let delay = past.backoff.next_delay();
                     tokio::select! {
                         () = sleep(delay) => {}
                         () = self.shutdown.wait() => return,
@@ -157,13 +179,7 @@ impl Plugin {
     }
 
     /// Opens the socket, serves it and keeps it registered until it is lost.
-    async fn serve(
-        &mut self,
-        path: &Path,
-        endpoint: &str,
-        backoff: &mut Backoff,
-        said: &mut Said,
-    ) -> Result<End, ServeError> {
+    async fn serve(&mut self, path: &Path, endpoint: &str, past: &mut Past) -> Result<End, ServeError> {
         // Watched before anything is made, so that no change falls between looking and watching.
         let mut changes = FolderWatch::new(&self.folder);
         let listener = socket::listen(path)?;
@@ -174,8 +190,8 @@ impl Plugin {
 
         let (streams, listening) = watch::channel(0);
         let (stop, stopped) = watch::channel(false);
-        let service =
-            Service::new(self.resource.clone(), self.units.clone(), self.metrics.clone(), streams, stopped.clone());
+        let (resource, units) = (self.resource.clone(), self.units.clone());
+        let service = Service::new(resource, units, self.manner, self.metrics.clone(), streams, stopped.clone());
         let router = tonic::transport::Server::builder().add_service(DevicePluginServer::new(service));
         let mut stopped = stopped;
         let mut server = tokio::spawn(socket::serve(router, listener, async move {
@@ -183,7 +199,7 @@ impl Plugin {
         }));
 
         let end = tokio::select! {
-            end = self.stay_registered(path, own, endpoint, &mut changes, listening, backoff, said) => end,
+            end = self.stay_registered(path, own, endpoint, &mut changes, listening, past) => end,
             result = &mut server => {
                 match result {
                     Ok(Err(error)) => tracing::warn!(resource = %self.resource, error = chain(&error), "The server ended"),
@@ -205,7 +221,6 @@ impl Plugin {
     }
 
     /// Registers, and again whenever the kubelet is another or has stopped to listen.
-    #[allow(clippy::too_many_arguments, reason = "the state of one life of the socket, used here alone")]
     async fn stay_registered(
         &mut self,
         path: &Path,
@@ -213,8 +228,7 @@ impl Plugin {
         endpoint: &str,
         changes: &mut FolderWatch,
         mut listening: watch::Receiver<usize>,
-        backoff: &mut Backoff,
-        said: &mut Said,
+        past: &mut Past,
     ) -> End {
         let kubelet = self.folder.join(KUBELET_SOCKET);
         // The kubelet that knows of us.
@@ -237,7 +251,7 @@ impl Plugin {
             let heard = *listening.borrow_and_update() > 0;
             if heard && known.is_some() {
                 // Only a kubelet that listens ends the waiting: one that takes the registration and hangs up does not.
-                backoff.reset();
+                past.backoff.reset();
                 unheard = None;
                 self.ready.ready();
             } else if known.is_some() {
@@ -248,12 +262,18 @@ impl Plugin {
                 unheard = unheard.or(Some(now));
             }
             was_listening = heard;
+            if let Some(id) = present
+                && past.appeared.is_none_or(|(whom, _)| whom != id)
+            {
+                past.appeared = Some((id, now));
+                past.quick = 0;
+            }
             if known.is_some() && (present != known || unheard.is_some_and(|since| now >= since + UNHEARD)) {
                 if present == known
                     && let Some(kubelet) = known
                 {
                     // It has us registered and does not listen: not a reason to knock without pause.
-                    refused = Some((kubelet, now + backoff.next_delay()));
+                    refused = Some((kubelet, now + past.backoff.next_delay()));
                 }
                 known = None;
                 unheard = None;
@@ -261,7 +281,7 @@ impl Plugin {
             match present {
                 None => {
                     refused = None;
-                    said.absent(&self.resource, &kubelet);
+                    past.said.absent(&self.resource, &kubelet);
                 }
                 // A resource without units is not worth a place in the node's capacity.
                 Some(_) if self.units.borrow_and_update().is_empty() => {}
@@ -271,17 +291,25 @@ impl Plugin {
                             known = Some(id);
                             refused = None;
                             unheard = Some(Instant::now());
-                            said.0 = None;
-                            self.metrics.registered(&self.resource);
+                            past.said.0 = None;
+                            let since = past.appeared.map_or(Duration::ZERO, |(_, since)| since.elapsed());
+                            self.metrics.registered(&self.resource, since);
+                            if past.kubelet.replace(id).is_some_and(|before| before != id) {
+                                self.metrics.kubelet_restarted(&self.resource);
+                            }
                             let units = self.units.borrow().len();
                             tracing::info!(
                                 event = "registered", resource = %self.resource, units, endpoint,
                                 "The kubelet knows of this resource"
                             );
                         }
+                        Err(RegisterError::Connect(_)) if past.quick < QUICK.0 => {
+                            past.quick += 1;
+                            refused = Some((id, Instant::now() + QUICK.1));
+                        }
                         Err(error) => {
-                            said.warn(&self.resource, chain(&error));
-                            refused = Some((id, Instant::now() + backoff.next_delay()));
+                            past.said.warn(&self.resource, chain(&error));
+                            refused = Some((id, Instant::now() + past.backoff.next_delay()));
                         }
                     }
                     // Much may have happened during the call: look again before waiting.
@@ -345,15 +373,56 @@ impl Plugin {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use agent_core::metrics::Metrics;
+    use agent_core::readiness::Registry;
+    use lab_kube::kubelet::{Config, Kubelet};
+
     use super::*;
+    use crate::units::Unit;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_kubelet_that_is_away_for_an_hour_is_told_within_moments_of_its_return() {
+        const HOUR: Duration = Duration::from_hours(1);
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path().join("plugins");
+        std::fs::create_dir(&folder).unwrap();
+        let (_units, units) = watch::channel(Arc::new(vec![Unit::sample("0000:41:00.0")]));
+        let (shutdown, registry) = (Shutdown::manual(), Registry::default());
+        let plugin = Plugin {
+            resource: "pgpu".parse().unwrap(),
+            units,
+            folder: folder.clone(),
+            manner: Manner::default(),
+            shutdown: shutdown.clone(),
+            ready: registry.register("pgpu"),
+            metrics: PluginMetrics::register(&Metrics::new()),
+        };
+        let task = tokio::spawn(plugin.run());
+        let begun = Instant::now();
+        sleep(HOUR).await;
+        assert!(begun.elapsed() >= HOUR && !task.is_finished() && !registry.is_ready());
+        assert!(folder.join("sandbox-pgpu.sock").exists(), "it is there before the kubelet is");
+
+        // From here on there is another process, whose time is real.
+        tokio::time::resume();
+        let kubelet = Kubelet::start(Config::new("node", &folder, place.path().join("pods.sock")), None).await.unwrap();
+        let begun = Instant::now();
+        kubelet.wait_allocatable("nvidia.com/pgpu", 1, Duration::from_mins(1)).await.unwrap();
+        assert!(begun.elapsed() < RETRY[1], "no long wait was begun in the hour");
+        shutdown.trigger();
+        task.await.unwrap();
+    }
 
     #[test]
     fn a_name_too_long_for_a_socket_is_shortened_and_stays_its_own() {
         let folder = Path::new("/var/lib/kubelet/device-plugins");
-        assert_eq!(endpoint(&"pgpu".parse().unwrap(), folder), "sandbox-pgpu.sock");
+        assert_eq!(endpoint(Role::Kata, &"pgpu".parse().unwrap(), folder), "sandbox-pgpu.sock");
+        assert_eq!(endpoint(Role::Kubevirt, &"pgpu".parse().unwrap(), folder), "kubevirt-pgpu.sock");
         let long = |last: &str| format!("{}{last}", "A".repeat(62)).parse::<ResourceName>().unwrap();
         let deep = PathBuf::from(format!("/{}", "d".repeat(60)));
-        let (one, other) = (endpoint(&long("1"), &deep), endpoint(&long("2"), &deep));
+        let (one, other) = (endpoint(Role::Kata, &long("1"), &deep), endpoint(Role::Kata, &long("2"), &deep));
         assert_ne!(one, other);
         assert!(deep.join(one).as_os_str().len() <= SOCKET_PATH);
     }

@@ -107,8 +107,15 @@ pub struct Unit {
     pub backend: Backend,
     /// Device nodes that the virtual machine needs, in order; empty while there are none.
     pub nodes: Vec<String>,
+    /// Nodes of both interfaces, as far as the kernel offers them: the container's and the group's, the functions' own,
+    /// and iommufd's. KubeVirt opens what it likes.
+    pub all_nodes: Vec<String>,
     /// NUMA nodes.
     pub numa: BTreeSet<u32>,
+    /// The bridges above the GPU or switch, nearest first.
+    pub upstream: Vec<Bdf>,
+    /// Whether cc-manager has verified it in protected PCIe, where GPUs and switches are of use all together only.
+    pub ppcie: bool,
     /// Why it cannot be used, if it cannot.
     pub fault: Option<Fault>,
 }
@@ -122,6 +129,27 @@ impl Unit {
     /// Key for a stable order of IDs: numbers by value, then texts.
     pub fn order(&self) -> (u64, &str) {
         order_of(&self.id)
+    }
+}
+
+#[cfg(test)]
+impl Unit {
+    /// A healthy H100 of `nvidia.com/pgpu` on iommufd, without nodes: what a test wants otherwise, it sets.
+    pub(crate) fn sample(id: &str) -> Self {
+        Self {
+            id: id.into(),
+            resource: "pgpu".parse().unwrap(),
+            bdf: id.parse().unwrap_or("0000:41:00.0".parse().unwrap()),
+            ids: (0x10de, 0x2330),
+            functions: Vec::new(),
+            backend: Backend::Iommufd,
+            nodes: Vec::new(),
+            all_nodes: Vec::new(),
+            numa: BTreeSet::new(),
+            upstream: Vec::new(),
+            ppcie: false,
+            fault: None,
+        }
     }
 }
 
@@ -209,6 +237,9 @@ pub enum Fault {
     /// The CDI file is not there, so Kata could not find the device.
     #[error("The CDI file could not be written: {0}")]
     NoCdi(String),
+    /// Another file stands in the way of Kata's finding the device.
+    #[error("{0}")]
+    CdiConflict(String),
 }
 
 impl Fault {
@@ -228,6 +259,7 @@ impl Fault {
             Self::NotVerified { .. } => "cc-not-verified",
             Self::Unobserved(_) => "unobserved",
             Self::NoCdi(_) => "no-cdi",
+            Self::CdiConflict(_) => "cdi-conflict",
         }
     }
 }
@@ -299,6 +331,9 @@ fn unit(policy: &Policy, seen: &Observation, before: &[Unit], mains: &[&PciFunct
         functions: members.iter().map(|member| member.bdf).collect(),
         backend,
         nodes: nodes.unwrap_or_default(),
+        all_nodes: all_nodes(seen, lead, &bound),
+        upstream: lead.upstream.clone(),
+        ppcie: is_ppcie(seen, lead),
         numa: mains.iter().filter_map(|main| main.numa_node).collect(),
         fault,
     })
@@ -349,6 +384,13 @@ fn nodes(
             }
         }
     }
+}
+
+fn all_nodes(seen: &Observation, lead: &PciFunction, bound: &[&PciFunction]) -> Vec<String> {
+    let group = nodes(Backend::Legacy, seen, lead, bound).unwrap_or_default();
+    let own = nodes(Backend::Iommufd, seen, lead, bound).unwrap_or_default();
+    let iommufd = (!own.is_empty()).then(|| "/dev/iommu".to_owned());
+    if bound.is_empty() { Vec::new() } else { group.into_iter().chain(own).chain(iommufd).collect() }
 }
 
 fn id(scheme: IdScheme, backend: Backend, lead: &PciFunction) -> Option<String> {
@@ -411,6 +453,11 @@ fn liveness(seen: &Observation, main: &PciFunction) -> Option<Fault> {
         Some(Err(cause)) => Some(Fault::Unreadable { bdf, cause: cause.clone() }),
         None => Some(Fault::Unreadable { bdf, cause: "Not read".into() }),
     }
+}
+
+fn is_ppcie(seen: &Observation, main: &PciFunction) -> bool {
+    let Verdicts::Known(file) = &seen.verdicts else { return false };
+    file.record(main).is_some_and(|record| record.active_mode.as_deref() == Some("ppcie"))
 }
 
 fn verdict(gate: CcGate, seen: &Observation, main: &PciFunction) -> Option<Fault> {

@@ -13,7 +13,9 @@ use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::{DeviceRecord, DevicesFile, Identity, Origin, Transition};
 use device_plugin::controller::{Config, ControllerError, run};
+use device_plugin::names::Naming;
 use device_plugin::observe::Places;
+use device_plugin::server::{Manner, PpciePolicy, Role};
 use device_plugin::units::{BackendChoice, CcGate, IdScheme, Policy};
 use hw_probe::testing::FakeSysfs;
 use kubelet_api::device_plugin::{
@@ -26,6 +28,7 @@ use kubelet_api::socket;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
+use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
@@ -151,6 +154,7 @@ struct Node {
     readiness: Registry,
     metrics: Metrics,
     poll: Duration,
+    manner: Manner,
 }
 
 impl Node {
@@ -168,6 +172,7 @@ impl Node {
             readiness: Registry::default(),
             metrics: Metrics::new(),
             poll: Duration::from_millis(50),
+            manner: Manner::default(),
         }
     }
 
@@ -183,12 +188,17 @@ impl Node {
         let config = Config {
             places: Places { root: self.fake.root(), state_dir: self.place.path().join("state") },
             policy: Policy {
-                gpu: "pgpu".parse().unwrap(),
+                gpu: match self.manner.role {
+                    Role::Kata => "pgpu".parse().unwrap(),
+                    Role::Kubevirt => Naming::PerModel,
+                },
                 nvswitch: "nvswitch".parse().unwrap(),
                 scheme: IdScheme::Pci,
                 backend,
                 gate: CcGate::Off,
             },
+            manner: self.manner,
+            cdi_static_dir: self.place.path().join("etc/cdi"),
             cdi_dir: self.place.path().join("cdi"),
             plugin_dir: self.plugins(),
             poll: self.poll,
@@ -241,7 +251,8 @@ async fn units_are_registered_listed_changed_and_withdrawn() {
     // Unbound, dead, gone, back.
     node.fake.get("0000:41:00.0").no_driver();
     kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Unhealthy", "0000:c1:00.0 Healthy"]).await;
-    assert!(!node.cdi("pgpu").unwrap().contains("0000:41:00.0"), "what has no node cannot be resolved");
+    let has = |id: &str| node.cdi("pgpu").is_some_and(|text| text.contains(id));
+    until("what has no node is in no file", || !has("0000:41:00.0") && has("0000:c1:00.0")).await;
     node.fake.get("0000:c1:00.0").patch_config(0, &[0xff; 4]);
     kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Unhealthy", "0000:c1:00.0 Unhealthy"]).await;
     node.fake.remove("0000:41:00.0");
@@ -249,7 +260,7 @@ async fn units_are_registered_listed_changed_and_withdrawn() {
     node.fake.remove("0000:c1:00.0");
     node.fake.gpu("0000:02:00.0", 0x2330).group(9);
     kubelet.hears("nvidia.com/pgpu", &[]).await;
-    assert_eq!(node.cdi("pgpu"), None);
+    until("the file without devices is removed", || node.cdi("pgpu").is_none()).await;
     node.fake.get("0000:02:00.0").driver("vfio-pci").cdev(4);
     kubelet.hears("nvidia.com/pgpu", &["0000:02:00.0 Healthy"]).await;
 
@@ -358,6 +369,10 @@ async fn a_kubelet_that_comes_late_refuses_restarts_or_loses_us_is_told_again() 
         kubelet.hears("nvidia.com/pgpu", BOTH).await;
     }
 
+    let restarts = "ccnode_plugin_kubelet_restarts_total{resource=\"nvidia.com/pgpu\"} 20\n";
+    let text = node.metrics.encode().unwrap();
+    assert!(text.contains(restarts), "{text}");
+
     // Our socket alone is removed.
     let before = kubelet.registrations();
     std::fs::remove_file(node.plugins().join("sandbox-pgpu.sock")).unwrap();
@@ -393,14 +408,14 @@ async fn a_kubelet_that_stops_to_listen_is_registered_with_again() {
     kubelet.end().await;
 }
 
-/// `devices.json` with all GPUs verified, and a change of modes under way or not.
-fn cc_manager_says(node: &Node, changing: bool) {
+/// `devices.json` with all GPUs verified in `mode`, and a change of modes under way or not.
+fn cc_manager_says(node: &Node, mode: &str, changing: bool) {
     let inventory = hw_probe::Inventory::scan(&node.fake.root());
     let record = |gpu: &hw_probe::PciFunction| DeviceRecord {
         bdf: gpu.bdf,
         identity: Identity::of(gpu),
-        configured_mode: Some("on".into()),
-        active_mode: Some("on".into()),
+        configured_mode: Some(mode.into()),
+        active_mode: Some(mode.into()),
         verified_at: Some(jiff::Timestamp::now()),
         usable: !changing,
         error: None,
@@ -423,14 +438,14 @@ async fn cc_managers_word_is_heard_without_a_poll_and_counted() {
     // The first word comes after the start, when there was no folder for it yet.
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
     for _ in 0..5 {
-        cc_manager_says(&node, true);
+        cc_manager_says(&node, "on", true);
         kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Unhealthy", "0000:c1:00.0 Unhealthy"]).await;
         let status = node.client().await.allocate(allocate(&["0000:41:00.0"])).await.unwrap_err();
         assert_eq!(status.code(), Code::FailedPrecondition);
         // The word may come while the node is being looked at; the last one counts.
-        cc_manager_says(&node, false);
-        cc_manager_says(&node, true);
-        cc_manager_says(&node, false);
+        cc_manager_says(&node, "on", false);
+        cc_manager_says(&node, "on", true);
+        cc_manager_says(&node, "on", false);
         kubelet.hears("nvidia.com/pgpu", BOTH).await;
     }
     node.client().await.allocate(allocate(&["0000:41:00.0"])).await.unwrap();
@@ -499,6 +514,181 @@ async fn another_plugin_on_the_same_socket_is_not_fought() {
     std::fs::remove_file(&path).unwrap();
     until("registered again", || kubelet.registrations() > registrations).await;
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    node.end(agent).await;
+    kubelet.end().await;
+}
+
+#[tokio::test]
+async fn kubevirt_is_served_from_the_same_units_under_its_own_names() {
+    let node = Node { manner: Manner { role: Role::Kubevirt, ..Manner::default() }, ..Node::new() };
+    let kubelet = Running::start(&node.plugins());
+    let agent = node.start(BackendChoice::Auto);
+    let resource = "nvidia.com/GH100_H100_SXM5_80GB";
+    kubelet.hears(resource, BOTH).await;
+    {
+        let known = kubelet.known.lock().unwrap();
+        assert_eq!(known.registrations.len(), 1);
+        assert_eq!(known.registrations[0].endpoint, "kubevirt-GH100_H100_SXM5_80GB.sock");
+        assert_eq!(known.lists[resource][1].topology.as_ref().unwrap().nodes[0].id, 1);
+    }
+    let socket = node.plugins().join("kubevirt-GH100_H100_SXM5_80GB.sock");
+    let mut client = DevicePluginClient::new(socket::connect(&socket, Duration::from_secs(5)).await.unwrap());
+    let answer = client.allocate(allocate(&["0000:41:00.0", "0000:c1:00.0"])).await.unwrap().into_inner();
+    let response = &answer.container_responses[0];
+    assert_eq!(response.envs["PCI_RESOURCE_NVIDIA_COM_GH100_H100_SXM5_80GB"], "0000:41:00.0,0000:c1:00.0");
+    let nodes: Vec<&str> = response.devices.iter().map(|device| device.host_path.as_str()).collect();
+    assert_eq!(
+        nodes,
+        [
+            "/dev/vfio/vfio",
+            "/dev/vfio/5",
+            "/dev/vfio/devices/vfio0",
+            "/dev/iommu",
+            "/dev/vfio/6",
+            "/dev/vfio/devices/vfio1"
+        ]
+    );
+    assert!(!node.place.path().join("cdi").exists(), "KubeVirt reads no CDI files");
+    node.fake.get("0000:c1:00.0").no_driver();
+    kubelet.hears(resource, &["0000:41:00.0 Healthy", "0000:c1:00.0 Unhealthy"]).await;
+    node.end(agent).await;
+    kubelet.end().await;
+}
+
+#[tokio::test]
+async fn a_part_of_a_protected_domain_is_told_or_refused_as_cc_manager_says_what_the_mode_is() {
+    for (ppcie, given) in [(PpciePolicy::Warn, true), (PpciePolicy::Enforce, false), (PpciePolicy::Off, true)] {
+        let node = Node { manner: Manner { ppcie, ..Manner::default() }, ..Node::new() };
+        cc_manager_says(&node, "on", false);
+        let kubelet = Running::start(&node.plugins());
+        let agent = node.start(BackendChoice::Auto);
+        kubelet.hears("nvidia.com/pgpu", BOTH).await;
+        let mut client = node.client().await;
+        client.allocate(allocate(&["0000:41:00.0"])).await.expect("Outside of protected PCIe one is enough");
+        cc_manager_says(&node, "ppcie", true);
+        kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Unhealthy", "0000:c1:00.0 Unhealthy"]).await;
+        cc_manager_says(&node, "ppcie", false);
+        kubelet.hears("nvidia.com/pgpu", BOTH).await;
+        client.allocate(allocate(&["0000:c1:00.0", "0000:41:00.0"])).await.expect("The whole is given");
+        let part = client.allocate(allocate(&["0000:41:00.0"])).await;
+        assert_eq!(part.is_ok(), given, "{ppcie:?}: {part:?}");
+        if let Err(status) = part {
+            assert!(status.message().contains("protected PCIe"), "{}", status.message());
+        }
+        let counted = "ccnode_plugin_partial_domains_total{resource=\"nvidia.com/pgpu\"} 1";
+        let text = node.metrics.encode().unwrap();
+        assert_eq!(text.contains(counted), ppcie != PpciePolicy::Off, "{text}");
+        node.end(agent).await;
+        kubelet.end().await;
+    }
+}
+
+#[tokio::test]
+async fn a_foreign_file_that_defines_a_unit_takes_it_from_kata_and_so_from_the_kubelet() {
+    let node = Node { poll: Duration::from_hours(1), ..Node::new() };
+    let kubelet = Running::start(&node.plugins());
+    let agent = node.start(BackendChoice::Auto);
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    let foreign = node.place.path().join("cdi/somebody.json");
+    let text = r#"{"cdiVersion": "0.5.0", "kind": "nvidia.com/pgpu", "devices": [{"name": "0000:c1:00.0",
+        "containerEdits": {"deviceNodes": [{"path": "/dev/vfio/devices/vfio1"}]}}]}"#;
+    std::fs::write(&foreign, text).unwrap();
+    kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Healthy", "0000:c1:00.0 Unhealthy"]).await;
+    let status = node.client().await.allocate(allocate(&["0000:c1:00.0"])).await.unwrap_err();
+    assert!(status.message().contains("somebody.json") && status.message().contains("cdi-conflict"), "{status:?}");
+    std::fs::write(&foreign, "{").unwrap();
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    let broken = |count: u8| format!("ccnode_plugin_cdi_problem_files {count}\n");
+    until("the broken file is counted", || node.metrics.encode().unwrap().contains(&broken(1))).await;
+    std::fs::remove_file(&foreign).unwrap();
+    until("no file is broken", || node.metrics.encode().unwrap().contains(&broken(0))).await;
+
+    // Ours is put right as soon as somebody has changed it.
+    let ours = node.cdi("pgpu").unwrap();
+    std::fs::write(node.place.path().join("cdi/nvidia.com-pgpu.yaml"), "kind: [").unwrap();
+    until("ours is written again", || node.cdi("pgpu").as_ref() == Some(&ours)).await;
+    std::fs::remove_file(node.place.path().join("cdi/nvidia.com-pgpu.yaml")).unwrap();
+    until("ours is there again", || node.cdi("pgpu").as_ref() == Some(&ours)).await;
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    node.end(agent).await;
+    kubelet.end().await;
+}
+
+/// Any bytes in the place of a message.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Bytes {
+    #[prost(bytes = "vec", tag = "1")]
+    field: Vec<u8>,
+}
+
+#[tokio::test]
+async fn frames_that_are_no_messages_get_a_status_and_do_no_harm() {
+    let node = Node::new();
+    let kubelet = Running::start(&node.plugins());
+    let agent = node.start(BackendChoice::Auto);
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    let path = node.plugins().join("sandbox-pgpu.sock");
+    let mut refused = 0;
+    // An ID that is not UTF-8, a container that is cut off, a field of another type, noise.
+    for field in [&b"\x0a\x02\xff\xfe"[..], b"\x0a\x20\x30", b"\x08\x01", &[0xff; 64], &[0x0a; 4096]] {
+        for method in ["Allocate", "GetPreferredAllocation", "NoSuchMethod"] {
+            let channel = socket::connect(&path, Duration::from_secs(5)).await.unwrap();
+            let mut client = tonic::client::Grpc::new(channel);
+            client.ready().await.unwrap();
+            let method = PathAndQuery::try_from(format!("/v1beta1.DevicePlugin/{method}")).unwrap();
+            let codec = tonic_prost::ProstCodec::<Bytes, AllocateResponse>::default();
+            let answer = client.unary(Request::new(Bytes { field: field.to_vec() }), method, codec).await;
+            refused += usize::from(answer.is_err());
+            assert!(answer.is_err(), "{field:?}");
+        }
+    }
+    node.client().await.allocate(allocate(&["0000:41:00.0"])).await.expect("The plugin has survived");
+    assert_eq!(kubelet.registrations(), 1, "and the kubelet has noticed nothing");
+    eprintln!("{refused} frames refused");
+    node.end(agent).await;
+    kubelet.end().await;
+}
+
+#[tokio::test]
+async fn what_the_kubelet_takes_for_healthy_can_be_resolved_at_every_moment() {
+    let node = Node::new();
+    let kubelet = Running::start(&node.plugins());
+    let agent = node.start(BackendChoice::Auto);
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    let (known, cdi) = (kubelet.known.clone(), node.place.path().join("cdi/nvidia.com-pgpu.yaml"));
+    let over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let until_over = over.clone();
+    let healthy = move || -> Vec<String> {
+        let known = known.lock().unwrap();
+        let devices = known.lists.get("nvidia.com/pgpu").into_iter().flatten();
+        devices.filter(|device| device.health == "Healthy").map(|device| device.id.clone()).collect()
+    };
+    let watcher = std::thread::spawn(move || {
+        let (mut looks, mut short) = (0, Vec::new());
+        while !until_over.load(std::sync::atomic::Ordering::Relaxed) {
+            let before = healthy();
+            let text = std::fs::read_to_string(&cdi).unwrap_or_default();
+            // What the kubelet believed before the file was read, and after.
+            let after = healthy();
+            short.extend(before.into_iter().filter(|id| after.contains(id) && !text.contains(id.as_str())));
+            looks += 1;
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        (looks, short)
+    });
+    for round in 0..12_u64 {
+        let gpu = node.fake.get("0000:41:00.0");
+        gpu.no_driver();
+        kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Unhealthy", "0000:c1:00.0 Healthy"]).await;
+        // Back before the file has changed, as it changes, and after.
+        sleep(Duration::from_millis(round * 70)).await;
+        gpu.driver("vfio-pci").cdev(2 + u32::try_from(round).unwrap());
+        kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    }
+    over.store(true, std::sync::atomic::Ordering::Relaxed);
+    let (looks, short) = watcher.join().unwrap();
+    assert!(short.is_empty() && looks > 100, "{looks} looks: {short:?}");
+    eprintln!("{looks} looks during 12 rebinds; 0 IDs that could not be resolved");
     node.end(agent).await;
     kubelet.end().await;
 }
