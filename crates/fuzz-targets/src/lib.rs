@@ -9,6 +9,7 @@
 
 mod config;
 mod firmware;
+mod kubelet;
 mod modalias;
 mod resource;
 mod room;
@@ -17,6 +18,7 @@ mod uevent;
 
 pub use config::config;
 pub use firmware::firmware;
+pub use kubelet::kubelet;
 pub use modalias::modalias;
 pub use resource::resource;
 pub use tree::tree;
@@ -26,9 +28,10 @@ pub use uevent::uevent;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     ("config", config),
     ("firmware", firmware),
+    ("kubelet", kubelet),
     ("modalias", modalias),
     ("resource", resource),
     ("tree", tree),

@@ -105,6 +105,11 @@ fn peak_mib() -> u64 {
 }
 
 #[test]
+fn what_the_kubelet_asks() {
+    run("kubelet", 6000);
+}
+
+#[test]
 fn config_space() {
     run("config", 1500);
 }
