@@ -279,7 +279,7 @@ impl Cluster {
     /// The real one.
     pub(crate) async fn real() -> Result<Self> {
         let place = real()?;
-        let path = variable("KUBECONFIG").context("KUBECONFIG is not set")?;
+        let path = variable("CCNODE_REAL_KUBECONFIG").context("CCNODE_REAL_KUBECONFIG is not set")?;
         let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         Self::with(Back::Real { is_ours: place != Path::new("foreign") }, &text).await
     }
