@@ -108,8 +108,8 @@ async fn until_settled(api: &Api, namespace: &str, mode: Mode, ready: &str) -> R
     api.until(&path, |answer| run(&answer.body).then_some(())).await
 }
 
-/// What an account has asked, from the server's audit log: verb and resource, whether refused, and how often. A watch is told
-/// when it begins.
+/// What an account has asked, from the server's audit log: verb and resource, whether refused, and how often. The server tells of
+/// a watch when it has ended.
 fn audited(account: &Account) -> Result<BTreeMap<String, usize>> {
     let log = std::fs::read_to_string(real()?.join("logs/audit.log")).context("the audit log")?;
     let mut counts = BTreeMap::new();
