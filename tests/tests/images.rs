@@ -446,7 +446,7 @@ fn the_shell_free_images_run_on_a_read_only_root() -> Result<()> {
         ensure!(!output.success(), "{path} has a shell");
         ends_when_asked(&node, path)?;
     }
-    if node.api.labels(NODE).get(CC_MODE).is_none() {
+    if !node.api.labels(NODE).contains_key(CC_MODE) {
         bail!("the label of the wanted mode is gone");
     }
     Ok(())

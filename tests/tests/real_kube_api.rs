@@ -1,6 +1,7 @@
 //! What the agents rely on in an API server: one list, asked of a real one and of the stand-in.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
+#![allow(clippy::similar_names, reason = "what is patched stands at a path")]
 
 mod real_kube;
 

@@ -479,13 +479,13 @@ devices:
 
     #[test]
     fn what_kata_would_not_find_is_told_with_the_file_in_the_way() {
-        let unit = unit("0000:41:00.0", &["/dev/vfio/devices/vfio1"]);
-        let other = Unit { nodes: vec!["/dev/vfio/devices/vfio9".into()], ..unit.clone() };
-        let (ours, moved) = (render(&pgpu(), &[unit.clone()]).unwrap(), render(&pgpu(), &[other]).unwrap());
-        let json = r#"{"cdiVersion":"0.6.0","kind":"nvidia.com/pgpu","devices":[{"name":"0000:41:00.0","containerEdits":{"deviceNodes":[{"path":"/dev/x"}]}}]}"#;
-        let gpu = ours.replace("nvidia.com/pgpu", "nvidia.com/gpu");
         // Files -> words of the fault; none where it resolves.
         type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+        let unit = unit("0000:41:00.0", &["/dev/vfio/devices/vfio1"]);
+        let other = Unit { nodes: vec!["/dev/vfio/devices/vfio9".into()], ..unit.clone() };
+        let (ours, moved) = (render(&pgpu(), std::slice::from_ref(&unit)).unwrap(), render(&pgpu(), &[other]).unwrap());
+        let json = r#"{"cdiVersion":"0.6.0","kind":"nvidia.com/pgpu","devices":[{"name":"0000:41:00.0","containerEdits":{"deviceNodes":[{"path":"/dev/x"}]}}]}"#;
+        let gpu = ours.replace("nvidia.com/pgpu", "nvidia.com/gpu");
         let cases: &[Case] = &[
             (&[("run/nvidia.com-pgpu.yaml", &ours)], &[]),
             (&[("run/nvidia.com-pgpu.yaml", &ours), ("etc/a.yaml", &moved)], &[]),
@@ -505,8 +505,8 @@ devices:
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
                 std::fs::write(path, text).unwrap();
             }
-            let resolved = resolver.check(std::slice::from_ref(&unit));
-            let reason = resolved.failed.get(&(pgpu(), unit.id.clone()));
+            let checked = resolver.check(std::slice::from_ref(&unit));
+            let reason = checked.failed.get(&(pgpu(), unit.id.clone()));
             assert_eq!(reason.is_some(), !words.is_empty(), "{files:?}: {reason:?}");
             assert!(words.iter().all(|words| reason.unwrap().contains(words)), "{files:?}: {reason:?}");
         }
@@ -516,20 +516,21 @@ devices:
     fn files_are_read_again_only_when_they_change_and_broken_ones_are_told() {
         let unit = unit("1", &["/dev/vfio/devices/vfio1"]);
         let (place, mut resolver) = kata();
-        CdiFolder::new(place.path().join("run")).sync(&files(&[("pgpu", &render(&pgpu(), &[unit.clone()]).unwrap())]));
+        CdiFolder::new(place.path().join("run"))
+            .sync(&files(&[("pgpu", &render(&pgpu(), std::slice::from_ref(&unit)).unwrap())]));
         let foreign = place.path().join("etc/foreign.yaml");
         for (text, is_broken) in
             [("kind: a.b/c\n", false), ("kind: [", true), ("a: b\n", true), ("kind: a.b/cc\n", false)]
         {
             std::fs::write(&foreign, text).unwrap();
-            let resolved = resolver.check(std::slice::from_ref(&unit));
-            assert!(resolved.failed.is_empty(), "{resolved:?}");
-            assert_eq!(resolved.problems.contains_key(&foreign), is_broken, "{text:?}: {resolved:?}");
+            let checked = resolver.check(std::slice::from_ref(&unit));
+            assert!(checked.failed.is_empty(), "{checked:?}");
+            assert_eq!(checked.problems.contains_key(&foreign), is_broken, "{text:?}: {checked:?}");
         }
         std::fs::remove_file(&foreign).unwrap();
         nix::unistd::mkfifo(&foreign, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let resolved = resolver.check(std::slice::from_ref(&unit));
-        assert!(resolved.problems[&foreign].contains("not a regular file"), "{resolved:?}");
+        let checked = resolver.check(std::slice::from_ref(&unit));
+        assert!(checked.problems[&foreign].contains("not a regular file"), "{checked:?}");
         std::fs::remove_file(&foreign).unwrap();
         assert!(resolver.check(&[unit]).problems.is_empty());
         assert_eq!(resolver.read.len(), 1);

@@ -473,7 +473,9 @@ mod tests {
         for (choice, backend, nodes) in cases {
             let name: ResourceName = "GH100_H100-SXM5".parse().unwrap();
             let mut units = [unit("0000:01:00.0", 1, *backend), unit("0000:02:00.0", 2, *backend)];
-            units.iter_mut().for_each(|unit| unit.resource = name.clone());
+            for unit in &mut units {
+                unit.resource = name.clone();
+            }
             let manner = Manner { role: Role::Kubevirt, backend: *choice, cdi_in_allocate: true, ..Manner::default() };
             let response = answer(&units, manner);
             assert_eq!(paths(&response), *nodes, "{choice:?}");
