@@ -393,7 +393,11 @@ fn recipe(parts: &[&str]) -> String {
 
 fn kernel_recipe(kernel: Kernel) -> String {
     match kernel {
-        Kernel::Iommufd | Kernel::NoGroup => recipe(&["kernel", kernel.name(), &kernel::config(kernel)]),
+        Kernel::Iommufd | Kernel::NoGroup => {
+            let ingredients = kernel::ingredients(kernel);
+            let ingredients = ingredients.iter().map(String::as_str);
+            recipe(&["kernel", kernel.name()].into_iter().chain(ingredients).collect::<Vec<_>>())
+        }
         Kernel::Stock => recipe(&["kernel", kernel.name()]),
     }
 }

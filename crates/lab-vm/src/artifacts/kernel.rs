@@ -15,6 +15,31 @@ use super::{ArtifactError, Cache, Kernel, Manifest, file_error, file_name, kerne
 const FRAGMENT: &str = include_str!("../../data/kernel.config");
 const SOURCE: &str = "linux-source-6.12";
 
+/// Drivers of the lab's own, built as part of the kernel's tree.
+const DRIVERS: [(&str, &str); 4] = [
+    ("Makefile", include_str!("../../data/drivers/Makefile")),
+    ("nouveau.c", include_str!("../../data/drivers/nouveau.c")),
+    ("nvidia.c", include_str!("../../data/drivers/nvidia.c")),
+    ("nvidia-uvm.c", include_str!("../../data/drivers/nvidia-uvm.c")),
+];
+
+/// Where the kernel's source gets a line more, after a line that it has.
+struct Edit {
+    file: &'static str,
+    after: &'static str,
+    line: &'static str,
+}
+
+const EDITS: [Edit; 2] = [
+    Edit { file: "drivers/Makefile", after: "obj-$(CONFIG_VFIO)\t\t+= vfio/", line: "obj-m\t\t\t\t+= lab/" },
+    // GB200, as later kernels of upstream know it.
+    Edit {
+        file: "drivers/vfio/pci/nvgrace-gpu/main.c",
+        after: "\t{ PCI_DRIVER_OVERRIDE_DEVICE_VFIO(PCI_VENDOR_ID_NVIDIA, 0x2342) },",
+        line: "\t{ PCI_DRIVER_OVERRIDE_DEVICE_VFIO(PCI_VENDOR_ID_NVIDIA, 0x2941) },",
+    },
+];
+
 /// Options that only a kernel with group files has; without them VFIO speaks iommufd alone.
 const GROUP_OPTIONS: [&str; 3] = ["CONFIG_VFIO_GROUP", "CONFIG_VFIO_CONTAINER", "CONFIG_VFIO_IOMMU_TYPE1"];
 
@@ -28,6 +53,40 @@ pub(crate) fn config(kernel: Kernel) -> String {
         if GROUP_OPTIONS.contains(&option) { format!("# {option} is not set\n") } else { format!("{line}\n") }
     };
     FRAGMENT.lines().map(without).collect()
+}
+
+/// Everything of ours that a kernel is made from.
+pub(crate) fn ingredients(kernel: Kernel) -> Vec<String> {
+    let drivers = DRIVERS.iter().flat_map(|(name, text)| [(*name).to_owned(), (*text).to_owned()]);
+    let edits = EDITS.iter().flat_map(|edit| [edit.file, edit.after, edit.line].map(str::to_owned));
+    std::iter::once(config(kernel)).chain(drivers).chain(edits).collect()
+}
+
+/// Puts our drivers into the kernel's source.
+fn add_drivers(source: &Path) -> Result<(), ArtifactError> {
+    let folder = source.join("drivers/lab");
+    fs::create_dir_all(&folder).map_err(file_error("make folder", &folder))?;
+    for (name, text) in DRIVERS {
+        let path = folder.join(name);
+        fs::write(&path, text).map_err(file_error("write", &path))?;
+    }
+    for edit in EDITS {
+        let path = source.join(edit.file);
+        let text = fs::read_to_string(&path).map_err(file_error("read", &path))?;
+        let text = edited(&text, &edit).ok_or_else(|| ArtifactError::Unusable {
+            what: path.display().to_string(),
+            reason: format!("it has no line {:?}", edit.after),
+        })?;
+        fs::write(&path, text).map_err(file_error("write", &path))?;
+    }
+    Ok(())
+}
+
+fn edited(text: &str, edit: &Edit) -> Option<String> {
+    let mut lines: Vec<&str> = text.lines().collect();
+    let at = lines.iter().position(|line| *line == edit.after)?;
+    lines.insert(at + 1, edit.line);
+    Some(lines.join("\n") + "\n")
 }
 
 /// Lines of the fragment that the result does not honour.
@@ -121,6 +180,7 @@ pub(crate) fn build(
     tar.arg("-C").arg(&unpacked).arg("-xJf").arg(&archive);
     steps.run("Unpack kernel source", &mut tar, Duration::from_mins(5))?;
     let source = unpacked.join(SOURCE);
+    add_drivers(&source)?;
     for kernel in kernels {
         build_one(*kernel, &source, &tools, &package, cache, work, steps)?;
     }
@@ -285,6 +345,13 @@ mod tests {
         }
         assert_eq!(ours.lines().count(), without.lines().count());
         assert_eq!(ours.lines().zip(without.lines()).filter(|(a, b)| a != b).count(), GROUP_OPTIONS.len());
+    }
+
+    #[test]
+    fn a_line_of_the_source_is_followed_by_ours_or_missed() {
+        let edit = Edit { file: "Makefile", after: "b", line: "new" };
+        assert_eq!(edited("a\nb\nc\n", &edit).as_deref(), Some("a\nb\nnew\nc\n"));
+        assert_eq!(edited("a\n bb\n", &edit), None);
     }
 
     #[test]
