@@ -478,7 +478,11 @@ impl Executor {
                 held_by => Err(BindError::Held { bdf, held_by }),
             },
             Ok(false) => Err(BindError::Held { bdf, held_by: held_by() }),
-            Err(Fault::NoGroupFile { .. }) if self.is_suspended(bdf) => Ok(()),
+            Err(fault @ Fault::NoGroupFile { .. }) => match held_by() {
+                held_by if !held_by.is_empty() => Err(BindError::Held { bdf, held_by }),
+                _ if self.is_suspended(bdf) => Ok(()),
+                _ => unknown(fault.to_string()),
+            },
             Err(fault) => unknown(fault.to_string()),
         }
     }
@@ -1044,11 +1048,15 @@ mod tests {
         kernel.fake.process(9, "qemu", "0::/x\n", &["/dev/vfio/devices/vfio3"]);
         let inventory = kernel.inventory();
         let steps = plan_unbind(&inventory, &Policy::default(), &Knowledge::default());
-        let executor = kernel.executor().with_groups(Arc::new(|_| Ok(true)));
-        let outcomes = executor.run(&inventory, &steps, &empty(), None);
-        let error = outcomes[0].result.as_ref().unwrap_err();
-        assert_eq!(error.code(), "DeviceHeld");
-        assert!(error.to_string().contains("pid 9 (qemu)"), "{error}");
+        // And where there are no group files.
+        let answers: [fn() -> Result<bool, Fault>; 2] = [|| Ok(true), || Err(Fault::NoGroupFile { group: Some(5) })];
+        for answer in answers {
+            let executor = kernel.executor().with_groups(Arc::new(move |_| answer()));
+            let outcomes = executor.run(&inventory, &steps, &empty(), None);
+            let error = outcomes[0].result.as_ref().unwrap_err();
+            assert_eq!(error.code(), "DeviceHeld");
+            assert!(error.to_string().contains("pid 9 (qemu)"), "{error}");
+        }
         assert!(kernel.writes.lock().unwrap().is_empty());
     }
 
