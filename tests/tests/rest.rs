@@ -1,4 +1,4 @@
-//! cc-manager on a node that is right: restarts and looks touch nothing, write nothing and cost little memory.
+//! Agents on a node that is right: restarts and looks touch nothing, write nothing and cost little memory.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -103,9 +103,9 @@ fn a_node_at_rest_is_touched_once_a_boot_whatever_the_restarts_and_looks() -> Re
     node.start_agent(&["cc-manager"], &[("CCNODE_RESYNC", "10m"), ("CCNODE_RELEASE_POLL", "1s")])?;
     node.agent("cc-manager")?.process.wait_output(STEP, |text| text.contains("readiness_file"))?;
     std::thread::sleep(Duration::from_secs(4));
-    let woken = figure(&node, "voluntary_ctxt_switches")?;
+    let woken = figure(&node, "cc-manager", "voluntary_ctxt_switches")?;
     std::thread::sleep(Duration::from_secs(10));
-    let woken = figure(&node, "voluntary_ctxt_switches")? - woken;
+    let woken = figure(&node, "cc-manager", "voluntary_ctxt_switches")? - woken;
     println!("idle: woken {woken} times in 10 s");
     ensure!(woken <= 2, "woken {woken} times while nothing happened");
     registers_say(&node, "off")
@@ -135,9 +135,9 @@ fn a_held_node_is_not_touched_whatever_the_restarts_looks_and_attempts() -> Resu
     registers_say(&node, "on")
 }
 
-/// A figure of cc-manager's `/proc/PID/status`; sizes are in KiB.
-fn figure(node: &Node, field: &str) -> Result<u64> {
-    let pid = node.agent("cc-manager")?.process.pid();
+/// A figure of an agent's `/proc/PID/status`; sizes are in KiB.
+fn figure(node: &Node, agent: &str, field: &str) -> Result<u64> {
+    let pid = node.agent(agent)?.process.pid();
     let status = String::from_utf8(node.guest.get_file(&format!("/proc/{pid}/status"))?)?;
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let text = line.with_context(|| format!("no {field} in\n{status}"))?;
@@ -161,18 +161,77 @@ fn a_change_and_some_hundred_looks_leave_little_in_memory() -> Result<()> {
     // Threads that did the firmware's work end after a while.
     std::thread::sleep(Duration::from_secs(12));
     for (field, most) in MOST {
-        let found = figure(&node, field)?;
+        let found = figure(&node, "cc-manager", field)?;
         println!("{field} {found} KiB");
         ensure!(found <= most, "{field} is {found} KiB, more than {most}");
     }
     // It does not grow with the looks.
-    let before = figure(&node, "RssAnon")?;
+    let before = figure(&node, "cc-manager", "RssAnon")?;
     await_rounds(&node, 200)?;
-    let after = figure(&node, "RssAnon")?;
+    let after = figure(&node, "cc-manager", "RssAnon")?;
     println!("RssAnon {after} KiB after 200 more looks");
     ensure!(after < before + 256, "{before} KiB became {after} KiB");
     registers_say(&node, "on")?;
     the_labels_never_lied(&node)?;
     assert_eq!(node.api.labels(NODE).get(CC_MODE).map(String::as_str), Some("on"));
+    Ok(())
+}
+
+/// The same for vfio-manager, over a board of twelve devices.
+const MOST_OF_VFIO_MANAGER: [(&str, u64); 2] = [("RssAnon", 3840), ("VmRSS", 17080)];
+
+#[test]
+fn vfio_manager_at_rest_keeps_little_in_memory_and_sleeps() -> Result<()> {
+    let Some(mut node) = node("hgx-h100", &[])? else { return Ok(()) };
+    let devices = node.gpus().len() + 4;
+    let seconds = |node: &Node, command: &str| -> Result<f64> {
+        let script = format!(
+            "read a _ < /proc/uptime; {command} > /tmp/out 2>&1 || exit 1; read b _ < /proc/uptime; echo $a $b"
+        );
+        let text = node.look(&["sh", "-c", &script])?.text();
+        let times: Vec<f64> = text.split_whitespace().flat_map(str::parse).collect();
+        let [before, after] = times[..] else { anyhow::bail!("{text}") };
+        Ok(after - before)
+    };
+    // Loads the driver, so that it does not count.
+    node.look(&["modprobe", "vfio-pci"])?;
+    let first = node.guest.bdf("gpu0")?;
+    let look = seconds(&node, "vfio-manager plan")?;
+    let one = seconds(&node, &format!("vfio-manage bind -d {first}"))?;
+    node.look(&["vfio-manage", "unbind", "--all"])?;
+    let all = seconds(&node, "vfio-manage bind --all --strict --bind-nvswitches")?;
+    println!(
+        "a look {look:.2} s; one device bound in {one:.2} s, {devices} in {all:.2} s, the look at the node included"
+    );
+    node.look(&["vfio-manage", "unbind", "--all", "--unbind-nvswitches"])?;
+
+    let many = ["vfio-manager", "run", "--bind-nvswitches", "--poll-interval", "100ms"];
+    node.start_agent(&many, &[WITH_METRICS])?;
+    let bound = |text: &str| text.matches("device_bound").count() == devices;
+    node.agent("vfio-manager")?.process.wait_output(STEP, bound).with_context(|| node.logs())?;
+    std::thread::sleep(Duration::from_secs(20));
+    let before = figure(&node, "vfio-manager", "RssAnon")?;
+    std::thread::sleep(Duration::from_secs(20));
+    let after = figure(&node, "vfio-manager", "RssAnon")?;
+    println!("RssAnon {before} KiB, {after} KiB after 20 s more of looks");
+    ensure!(after < before + 512, "{before} KiB became {after} KiB");
+    node.stop_agent("vfio-manager", Signal::SIGTERM)?;
+
+    node.start_agent(&["vfio-manager", "run", "--bind-nvswitches", "--poll-interval", "10m"], &[WITH_METRICS])?;
+    let seen = |text: &str| text.matches("device_seen").count() == devices;
+    node.agent("vfio-manager")?.process.wait_output(STEP, seen).with_context(|| node.logs())?;
+    // The threads that did the look end after a while.
+    std::thread::sleep(Duration::from_secs(12));
+    for (field, most) in MOST_OF_VFIO_MANAGER {
+        let found = figure(&node, "vfio-manager", field)?;
+        println!("{field} {found} KiB");
+        ensure!(found <= most, "{field} is {found} KiB, more than {most}");
+    }
+    node.guest.fleet().clear_trace();
+    let woken = figure(&node, "vfio-manager", "voluntary_ctxt_switches")?;
+    std::thread::sleep(Duration::from_secs(10));
+    let woken = figure(&node, "vfio-manager", "voluntary_ctxt_switches")? - woken;
+    println!("woken {woken} times in 10 s");
+    ensure!(node.trace().is_empty(), "devices are read while nothing happens: {:?}", node.trace());
     Ok(())
 }
