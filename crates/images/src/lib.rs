@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod change_root;
 mod remove;
 
 use std::env;
@@ -12,13 +13,15 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
 
-/// Starts the program that the first word of the command line names: `ccnode` (also as kubectl's plugin), `rm`, else `agent`.
+/// Starts the program that the first word of the command line names: `ccnode` (also as kubectl's plugin), `rm`, `chroot`, else
+/// `agent`.
 pub fn start(agent: fn(Vec<OsString>) -> ExitCode) -> ExitCode {
     let words: Vec<OsString> = env::args_os().collect();
     let name = words.first().and_then(|word| Path::new(word).file_name()).and_then(OsStr::to_str);
     match name {
         Some("ccnode" | "kubectl-ccnode") => ccnode::start(words),
         Some("rm") => remove::start(&words),
+        Some("chroot") => change_root::start(&words),
         _ => agent(words),
     }
 }

@@ -73,3 +73,18 @@ fn rm_removes_files_and_nothing_else() {
     assert!(!other.exists() && folder.path().exists());
     assert_eq!(run(DEVICE_PLUGIN, "rm", &["-f", inside]).status.code(), Some(1));
 }
+
+/// What it does where it works is seen by vfio-manager in the images' scenarios: it needs root.
+#[test]
+fn chroot_says_what_it_cannot_do() {
+    for (words, code, told) in [
+        (&["/"][..], 1, "which program"),
+        (&["/nonexistent/folder", "modprobe"], 127, "modprobe in /nonexistent/folder"),
+    ] {
+        let output = run(VFIO_MANAGER, "chroot", words);
+        let text = String::from_utf8(output.stderr).unwrap();
+        // Somebody else than root is told so, whatever the folder.
+        assert!([Some(code), Some(126)].contains(&output.status.code()), "{words:?}: {text}");
+        assert!(text.contains(told), "{words:?}: {text}");
+    }
+}
