@@ -163,9 +163,8 @@ fn checkout(folder: &Path, command: &str, version: &str) -> Result<()> {
         "kind: Role\nrules:\n- apiGroups: ['']\n  resources: [pods]\n  verbs: [list, get]\n- apiGroups: [policy]\n  \
          resources: [p]\n  verbs: [use]\n  resourceNames: [x]\n",
     )?;
-    let template: Vec<String> = keys(&values()?).iter().map(|key| format!("{{{{ .Values.{key} }}}}\n")).collect();
-    let template = template.concat();
-    put("deployments/gpu-operator/templates/clusterpolicy.yaml", &template)?;
+    let lines: Vec<String> = keys(&values()?).iter().map(|key| format!("{{{{ .Values.{key} }}}}")).collect();
+    put("deployments/gpu-operator/templates/clusterpolicy.yaml", &lines.join("\n"))?;
     put("deployments/gpu-operator/Chart.yaml", &format!("version: v1.0.0-devel\nappVersion: \"{version}\"\n"))
 }
 
