@@ -19,6 +19,12 @@ pub fn chain(error: &dyn Error) -> String {
     text
 }
 
+/// A path from a flag or its variable. Clap's own parser refuses an empty one, which says "none" where it is allowed.
+#[allow(clippy::unnecessary_wraps, reason = "clap wants a parser that can fail")]
+pub fn path(text: &str) -> Result<std::path::PathBuf, std::convert::Infallible> {
+    Ok(text.into())
+}
+
 /// Parses a time for a flag: `500ms`, `90s`, `2m`, `1h`; a bare number is in seconds. From 1 ms to 24 h.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());

@@ -6,9 +6,8 @@ use std::time::Duration;
 use agent_core::health::HealthArgs;
 use agent_core::logs::LogArgs;
 use agent_core::state::STATE_DIR;
-use agent_core::text::duration;
+use agent_core::text::{duration, path};
 use anyhow::Context;
-use clap::builder::{OsStringValueParser, TypedValueParser};
 use gpu_firmware::Mode;
 
 /// Puts all GPUs of this node into the confidential-computing mode that the node's label nvidia.com/cc.mode asks for.
@@ -25,11 +24,11 @@ pub struct Args {
     pub node_name: Option<String>,
 
     /// Kubeconfig file, for runs outside a pod; a pod's service account comes first
-    #[arg(long, env = "KUBECONFIG", value_name = "PATH")]
+    #[arg(long, env = "KUBECONFIG", value_name = "PATH", value_parser = path)]
     pub kubeconfig: Option<PathBuf>,
 
     /// File that is created after the first attempt to apply a mode, even a failed one; empty creates none
-    #[arg(long, env = "CC_READINESS_FILE", value_name = "PATH", default_value_os_t = crate::default_readiness_file(), value_parser = path_or_nothing())]
+    #[arg(long, env = "CC_READINESS_FILE", value_name = "PATH", value_parser = path, default_value_os_t = crate::default_readiness_file())]
     pub readiness_file: PathBuf,
 
     /// Namespace of the operator's components; by default that of this pod's service account, else gpu-operator
@@ -63,7 +62,7 @@ pub struct Args {
 
     /// Socket of the kubelet's pod-resources service, which tells the pods that have GPUs; empty, or where it is not there (under
     /// the operator), pods are not looked at
-    #[arg(long, env = "CCNODE_POD_RESOURCES", value_name = "PATH", default_value = kubelet_api::POD_RESOURCES_SOCKET, value_parser = path_or_nothing())]
+    #[arg(long, env = "CCNODE_POD_RESOURCES", value_name = "PATH", value_parser = path, default_value = kubelet_api::POD_RESOURCES_SOCKET)]
     pub pod_resources: PathBuf,
 
     /// How long to wait for paused components to end before a change is given up and everything put back
@@ -105,11 +104,6 @@ pub struct Args {
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
-}
-
-/// A path, or the empty text, which clap's own parser of paths refuses.
-fn path_or_nothing() -> impl TypedValueParser<Value = PathBuf> {
-    OsStringValueParser::new().map(PathBuf::from)
 }
 
 /// What to do while a GPU is in use.
@@ -206,11 +200,18 @@ mod tests {
             let args = Args::try_parse_from(["cc-manager", &format!("--allowed-modes={text}")]).unwrap();
             assert_eq!(args.allowed().ok(), allowed, "{text:?}");
         }
-        let args = Args::try_parse_from(["cc-manager", "--readiness-file=", "--pod-resources="]).unwrap();
-        assert!([&args.readiness_file, &args.pod_resources].iter().all(|path| path.as_os_str().is_empty()));
         let args = Args::try_parse_from(["cc-manager", "--on-busy", "wait", "--busy-timeout", "90s"]).unwrap();
         assert_eq!(args.busy_wait(), Duration::from_secs(90));
         assert!(Args::try_parse_from(["cc-manager", "--on-busy", "evict"]).is_err());
+    }
+
+    #[test]
+    fn an_empty_path_is_none() {
+        let args =
+            Args::try_parse_from(["cc-manager", "--readiness-file=", "--pod-resources=", "--kubeconfig="]).unwrap();
+        for path in [&args.readiness_file, &args.pod_resources, &args.kubeconfig.unwrap()] {
+            assert!(path.as_os_str().is_empty(), "{path:?}");
+        }
     }
 
     #[test]

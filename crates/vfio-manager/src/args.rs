@@ -50,7 +50,7 @@ pub struct DriverManagerArgs {
     #[arg(value_enum)]
     pub command: DriverCommand,
     /// Where the host's root file system is mounted, for its nvidia-smi; /host where it is not given.
-    #[arg(long, env = "HOST_ROOT", value_name = "DIR")]
+    #[arg(long, env = "HOST_ROOT", value_name = "DIR", value_parser = agent_core::text::path)]
     pub host_root: Option<PathBuf>,
     /// Name of this node, whose pauses left by another driver-manager are lifted; none are where it is not given.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
@@ -154,7 +154,7 @@ pub struct PlanArgs {
 #[derive(Clone, Debug, Args)]
 pub struct HostArgs {
     /// Where the host's root file system is mounted, for its modprobe; /host is tried when it is not there.
-    #[arg(long, env = "HOST_ROOT", value_name = "DIR")]
+    #[arg(long, env = "HOST_ROOT", value_name = "DIR", value_parser = agent_core::text::path)]
     pub host_root: Option<PathBuf>,
     /// Directory of the files and locks that the agents exchange.
     #[arg(long, env = "CCNODE_STATE_DIR", default_value = agent_core::state::STATE_DIR, value_name = "DIR")]
@@ -290,6 +290,7 @@ mod tests {
             "bind -d 0000:41:00.0 --host-root /host",
             "unbind --all",
             "bind --all --bind-nvswitches",
+            "bind --all --host-root=",
             "plan --json --select bdf=0000:41:00.0,numa=1",
         ] {
             assert!(parse(words).is_ok(), "{words}");
