@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backoff;
+pub mod features;
 pub mod health;
 pub mod hostfile;
 mod hostroot;

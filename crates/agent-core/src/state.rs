@@ -21,6 +21,11 @@ pub const STATE_DIR: &str = "/run/nvidia/ccnode";
 pub const DEVICES_FILE: &str = "devices.json";
 /// Name of [`BindingsFile`] in [`STATE_DIR`].
 pub const BINDINGS_FILE: &str = "bindings.json";
+/// Name of [`UnitsFile`], in [`UNITS_DIR`] in the kubelet's device plugin folder.
+pub const UNITS_FILE: &str = "units.json";
+/// The folder of [`UNITS_FILE`] in the kubelet's device plugin folder: the one place that the device plugin may write in every
+/// setting and that the host sees. The kubelet, which removes sockets there when it starts, leaves folders alone.
+pub const UNITS_DIR: &str = "ccnode";
 /// Largest exchanged file that is read, in bytes: a thousand times what a node with 16 devices needs.
 const MAX_BYTES: u64 = 4 << 20;
 
@@ -104,6 +109,24 @@ impl BindingsFile {
     /// Replaces `bindings.json`.
     pub fn store(&self, dir: &HostDir) -> Result<(), StateError> {
         store(self, dir, BINDINGS_FILE)
+    }
+}
+
+impl UnitsFile {
+    /// Reads `units.json`; none when it is absent, of another boot, or of a schema too far from ours.
+    pub fn load(dir: &HostDir, boot_id: &str) -> Result<Option<Self>, StateError> {
+        load(dir, UNITS_FILE, boot_id)
+    }
+
+    /// Replaces `units.json`.
+    pub fn store(&self, dir: &HostDir) -> Result<(), StateError> {
+        store(self, dir, UNITS_FILE)
+    }
+
+    /// Whether both say the same, whenever they were written.
+    pub fn says_as(&self, other: &Self) -> bool {
+        let origin = Origin { written_at: self.origin.written_at, ..other.origin.clone() };
+        *self == Self { origin, ..other.clone() }
     }
 }
 
@@ -306,6 +329,62 @@ impl From<&DeviceRecord> for DeviceStatus {
             error: record.error.clone(),
         }
     }
+}
+
+/// `units.json`: what the device plugin tells the kubelet, and why. It changes only when that does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UnitsFile {
+    /// Who wrote it, and when.
+    #[serde(flatten)]
+    pub origin: Origin,
+    /// What IDs are: `pci` or `iommu`.
+    #[serde(default)]
+    pub ids: String,
+    /// Why they are that.
+    #[serde(default)]
+    pub ids_reason: String,
+    /// Where `pod` is from, or why it is not known.
+    #[serde(default)]
+    pub pods: String,
+    /// Why it cannot be seen of some units whether they are in use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blind: Option<String>,
+    /// Every unit, by resource and ID.
+    #[serde(default)]
+    pub units: Vec<UnitRecord>,
+}
+
+/// One thing that the kubelet can hand out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UnitRecord {
+    /// The whole name of its resource, `nvidia.com/pgpu`.
+    pub resource: String,
+    /// Device ID for the kubelet, device name for CDI.
+    pub id: String,
+    /// The GPU or switch; the first by address where the group has more.
+    pub bdf: Bdf,
+    /// Every function that goes along.
+    #[serde(default)]
+    pub functions: Vec<Bdf>,
+    /// Device nodes.
+    #[serde(default)]
+    pub nodes: Vec<String>,
+    /// NUMA nodes.
+    #[serde(default)]
+    pub numa: Vec<u32>,
+    /// Whether it may be allocated.
+    pub healthy: bool,
+    /// Why it may not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ErrorRecord>,
+    /// The pod that has it, as `namespace/name` or `pod UID`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// What does not keep it from being used: a link that is slower than it could be, errors.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remarks: Vec<String>,
 }
 
 /// `bindings.json`: the driver and the override that each device had before vfio-manager took it.

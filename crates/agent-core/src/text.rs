@@ -1,6 +1,8 @@
 //! Small texts that every agent reads or writes alike.
 
+use std::convert::Infallible;
 use std::error::Error;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// An error and its causes on one line: `Cannot write /sys/...: Device or resource busy (os error 16)`. Causes that other
@@ -19,9 +21,8 @@ pub fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// A path from a flag or its variable. Clap's own parser refuses an empty one, which says "none" where it is allowed.
-#[allow(clippy::unnecessary_wraps, reason = "clap wants a parser that can fail")]
-pub fn path(text: &str) -> Result<std::path::PathBuf, std::convert::Infallible> {
+/// Takes a path for a flag that may be empty, which means none: clap's own parser refuses that.
+pub fn path(text: &str) -> Result<PathBuf, Infallible> {
     Ok(text.into())
 }
 

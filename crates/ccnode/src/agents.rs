@@ -6,6 +6,9 @@ use std::path::Path;
 /// Names under which cc-manager runs, ours and the reference's.
 pub(crate) const CC_MANAGER: &[&str] = &["cc-manager", "k8s-cc-manager"];
 
+/// Names under which the device plugin runs, ours and the reference's, as far as the kernel keeps them.
+pub(crate) const DEVICE_PLUGIN: &[&str] = &["device-plugin", "nvidia-sandbox-"];
+
 /// Names of all agents that write what `ccnode cleanup` removes. The kernel keeps 15 bytes of a name.
 pub(crate) const ALL: &[&str] = &["cc-manager", "k8s-cc-manager", "vfio-manager", "device-plugin", "nvidia-sandbox-"];
 

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use agent_core::hostfile::{HostDir, HostFileError};
-use agent_core::state::{BINDINGS_FILE, BindingsFile, DEVICES_FILE, DevicesFile, state_dir};
+use agent_core::state::{BINDINGS_FILE, BindingsFile, DEVICES_FILE, DevicesFile, UNITS_FILE, state_dir};
 use agent_core::text::chain;
 use anyhow::{Context as _, bail, ensure};
 use gpu_firmware::{DeviceLock, Places};
@@ -21,7 +21,7 @@ use crate::cluster::{self, ClusterArgs, Named};
 use crate::mode::Terminal;
 use crate::mode::manager::READINESS_FILE;
 use crate::source::Source;
-use crate::status::says_boot;
+use crate::status::{says_boot, units_folder};
 use crate::{FAILED, SUCCESS, printable};
 
 /// cc-manager's record of changes, beside `devices.json`.
@@ -227,6 +227,13 @@ impl Leftovers {
                 found.add(&dir, &name)?;
             }
         }
+        if let Some(dir) = HostDir::open_existing(units_folder(root))? {
+            let dir = Rc::new(dir);
+            found.add(&dir, UNITS_FILE)?;
+            for name in unfinished(dir.path()) {
+                found.add(&dir, &name)?;
+            }
+        }
         let readiness = root.join(READINESS_FILE);
         if let (Some(folder), Some(name)) = (readiness.parent(), readiness.file_name().and_then(|name| name.to_str()))
             && let Some(dir) = HostDir::open_existing(folder)?
@@ -262,7 +269,7 @@ fn still_bound(dir: &HostDir, inventory: &Inventory, boot_id: &str) -> Option<St
 fn unfinished(path: &Path) -> Vec<String> {
     let names =
         fs::read_dir(path).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok());
-    let ours = [DEVICES_FILE, BINDINGS_FILE, TRANSITIONS_FILE];
+    let ours = [DEVICES_FILE, BINDINGS_FILE, TRANSITIONS_FILE, UNITS_FILE];
     let is_one = |name: &String| {
         let rest = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp"));
         rest.is_some_and(|rest| ours.iter().any(|own| rest.strip_prefix(own).is_some_and(|rest| rest.starts_with('.'))))

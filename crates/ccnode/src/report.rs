@@ -201,11 +201,5 @@ impl Device {
 
 /// Product name with the board's form, for people.
 pub(crate) fn product(function: &PciFunction) -> String {
-    let PciFunction { name, vendor, device, model, .. } = function;
-    let name = name.clone().unwrap_or_else(|| format!("{vendor:04x}:{device:04x}"));
-    match model.as_ref().and_then(|model| model.form_factor) {
-        Some(hw_probe::FormFactor::Pcie) => name + " PCIe",
-        Some(hw_probe::FormFactor::Sxm) => name + " SXM",
-        None => name,
-    }
+    function.product()
 }

@@ -63,6 +63,8 @@ impl Bench {
         for name in ["transitions.jsonl", ".devices.json.7.0000abcd.0.tmp", "somebody-elses"] {
             dir.write_atomic(name, b"", 0o644).unwrap();
         }
+        let units = bench.fake.path().join("var/lib/kubelet/device-plugins/ccnode");
+        HostDir::open(units).unwrap().write_atomic("units.json", b"", 0o644).unwrap();
         HostDir::open(bench.fake.path().join("run/nvidia/validations")).unwrap();
         bench.fake.file(READINESS, "");
         bench
@@ -147,7 +149,8 @@ fn nothing_is_done_before_somebody_has_said_yes() {
     let before = bench.all();
     let (code, out, _) = bench.run(&Terminal::default(), &["--dry-run"]);
     assert_eq!(code, 0, "{out}");
-    for words in ["annotation ccnode.dev/cc-status: removed", "devices.json", "transitions.jsonl", ".tmp", READINESS] {
+    let files = ["devices.json", "transitions.jsonl", ".tmp", "device-plugins/ccnode/units.json", READINESS];
+    for words in ["annotation ccnode.dev/cc-status: removed"].iter().chain(&files) {
         assert!(out.contains(words), "{words}: {out}");
     }
     let (code, _, notes) = bench.run(&Terminal::default(), &[]);

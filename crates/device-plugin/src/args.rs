@@ -11,9 +11,12 @@ use anyhow::Context;
 use clap::Parser;
 use hw_probe::SysRoot;
 
-use crate::controller::{self, Config};
+use crate::controller::{self, Config, Looks};
+use crate::features::FeatureFile;
+use crate::health::FlapRule;
 use crate::names::Naming;
 use crate::observe::Places;
+use crate::quarantine::SETTLED;
 use crate::server::{Manner, PpciePolicy, Role};
 use crate::units::{BackendChoice, CcGate, IdScheme, Policy};
 
@@ -30,10 +33,10 @@ pub struct Args {
     pub nvswitch_alias: Naming,
 
     /// What a device is called, towards the kubelet and in CDI: its PCI address, or, as the reference does, the number of
-    /// its VFIO node or IOMMU group. Change it only while no pod on the node holds a device: the agent does not yet look
-    /// up which IDs the kubelet has given out
-    #[arg(long, env = "DEVICE_ID_SCHEME", value_enum, default_value_t = IdScheme::Pci)]
-    pub device_id_scheme: IdScheme,
+    /// its VFIO node or IOMMU group. By itself the agent takes addresses, and numbers for as long as a pod has a device under
+    /// one. With the two others a device that a pod has under another ID is offered twice
+    #[arg(long, env = "DEVICE_ID_SCHEME", value_enum, default_value_t = SchemeChoice::Auto)]
+    pub device_id_scheme: SchemeChoice,
 
     /// VFIO interface by which devices are handed over
     #[arg(long, env = "VFIO_BACKEND", value_enum, default_value_t = BackendChoice::Auto)]
@@ -90,6 +93,25 @@ pub struct Args {
     #[arg(long, env = "ENABLE_GFD", value_name = "BOOL", default_value = "")]
     pub enable_gfd: String,
 
+    /// How often a unit may fall ill within --flap-window before it is held back until it has been quiet for as long; 0: as
+    /// often as it does
+    #[arg(long, env = "FLAP_LIMIT", value_name = "NUMBER", default_value_t = FlapRule::default().limit)]
+    pub flap_limit: usize,
+
+    /// See --flap-limit
+    #[arg(long, env = "FLAP_WINDOW", value_name = "TIME", default_value = "10m", value_parser = agent_core::text::duration)]
+    pub flap_window: Duration,
+
+    /// Socket of the kubelet's pod-resources service, which tells the pods that have devices; empty, or where it is not there
+    /// (under the operator), the kubelet's checkpoint is read instead
+    #[arg(long, env = "CCNODE_POD_RESOURCES", value_name = "PATH", default_value = kubelet_api::POD_RESOURCES_SOCKET, value_parser = agent_core::text::path)]
+    pub pod_resources: PathBuf,
+
+    /// Feature file for Node Feature Discovery to keep, usually /etc/kubernetes/node-feature-discovery/features.d/ccnode: the
+    /// node's GPUs as labels under ccnode.dev/; empty: none
+    #[arg(long, env = "FEATURES_FILE", value_name = "PATH", default_value = "", value_parser = agent_core::text::path)]
+    pub features_file: PathBuf,
+
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
@@ -97,6 +119,27 @@ pub struct Args {
     /// Health endpoint.
     #[command(flatten)]
     pub health: HealthArgs,
+}
+
+/// What units are called by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum SchemeChoice {
+    /// As the kubelet's book asks for.
+    Auto,
+    /// PCI addresses.
+    Pci,
+    /// The reference's numbers.
+    Iommu,
+}
+
+impl SchemeChoice {
+    /// The kind of ID before anything is known.
+    fn first(self) -> IdScheme {
+        match self {
+            Self::Auto | Self::Pci => IdScheme::Pci,
+            Self::Iommu => IdScheme::Iommu,
+        }
+    }
 }
 
 fn naming(text: &str) -> Result<Naming, String> {
@@ -134,6 +177,10 @@ impl Args {
             root,
             node_name,
             enable_gfd,
+            flap_limit,
+            flap_window,
+            pod_resources,
+            features_file,
             log,
             health,
         } = self;
@@ -141,14 +188,15 @@ impl Args {
         let (gpu_alias, nvswitch_alias, device_id_scheme) = match role {
             Role::Kata => (gpu_alias, nvswitch_alias, device_id_scheme),
             // KubeVirt's users name models in their virtual machines, and its launcher takes IDs for PCI addresses.
-            Role::Kubevirt => (Naming::PerModel, Naming::PerModel, IdScheme::Pci),
+            Role::Kubevirt => (Naming::PerModel, Naming::PerModel, SchemeChoice::Pci),
         };
         logs::init(&log)?;
         let shutdown = Shutdown::on_signals().context("Signals cannot be handled")?;
         let readiness = readiness::Registry::default();
         let metrics = metrics::Metrics::new();
+        let state = http::StateDump::default();
         let endpoint = match health.addr()? {
-            Some(addr) => Some(http::bind(addr, readiness.clone(), metrics.clone()).await?),
+            Some(addr) => Some(http::bind(addr, readiness.clone(), metrics.clone()).await?.with_state(state.clone())),
             None => None,
         };
         tracing::info!(
@@ -167,7 +215,7 @@ impl Args {
             policy: Policy {
                 gpu: gpu_alias,
                 nvswitch: nvswitch_alias,
-                scheme: device_id_scheme,
+                scheme: device_id_scheme.first(),
                 backend: vfio_backend,
                 gate: cc_gate,
             },
@@ -176,6 +224,14 @@ impl Args {
             cdi_static_dir,
             plugin_dir: kubelet_plugin_dir,
             poll: poll_interval,
+            looks: Looks {
+                ids_by_book: device_id_scheme == SchemeChoice::Auto,
+                flaps: FlapRule { limit: flap_limit, window: flap_window },
+                settled: SETTLED,
+                pod_resources,
+                features_file: FeatureFile::new(features_file),
+                state,
+            },
         };
         let served = async {
             if let Some(endpoint) = endpoint {
@@ -226,6 +282,17 @@ mod tests {
         }
         assert_eq!(parse(&[]).unwrap().role, None);
         assert_eq!(parse(&["--role", "kubevirt"]).unwrap().role, Some(Role::Kubevirt));
+    }
+
+    #[test]
+    fn ids_follow_the_kubelets_book_unless_told_otherwise_and_paths_may_be_empty() {
+        let args = parse(&[]).unwrap();
+        assert_eq!((args.device_id_scheme, args.features_file), (SchemeChoice::Auto, PathBuf::new()));
+        let args =
+            parse(&["--device-id-scheme", "iommu", "--pod-resources", "", "--features-file", "/f/ccnode"]).unwrap();
+        assert_eq!(args.device_id_scheme.first(), IdScheme::Iommu);
+        assert_eq!((args.pod_resources, args.features_file), (PathBuf::new(), PathBuf::from("/f/ccnode")));
+        assert!(parse(&["--device-id-scheme", "bdf"]).is_err());
     }
 
     #[test]

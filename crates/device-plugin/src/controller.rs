@@ -6,20 +6,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent_core::hostfile::HostDir;
+use agent_core::http::StateDump;
 use agent_core::metrics::Metrics;
 use agent_core::readiness::{Guard, Registry};
 use agent_core::shutdown::Shutdown;
+use agent_core::state::{ErrorRecord, Origin, UNITS_DIR, UnitRecord, UnitsFile};
 use agent_core::text::chain;
 use agent_core::uevents::DeviceEvents;
+use hw_probe::{AerCounts, Bdf, Holders, holders};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::cdi::{CdiFolder, Resolver, render};
+use crate::checkpoint::{self, Book, Decision, Lately};
+use crate::features::FeatureFile;
+use crate::health::{self, Errors, FlapRule, Flaps, Remark};
 use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::observe::{ObserveError, Places, observe};
 use crate::plugin::Plugin;
+use crate::pods::{self, Pods};
+use crate::quarantine::{Facts, Quarantine, SETTLED};
 use crate::server::{Manner, Role, Snapshot};
 use crate::units::{Fault, Observation, Policy, Unit, units, withdrawn};
 use crate::watch::FolderWatch;
@@ -51,6 +59,39 @@ pub struct Config {
     pub plugin_dir: PathBuf,
     /// Longest time between two looks at the node.
     pub poll: Duration,
+    /// What is looked at besides sysfs, and where it is told.
+    pub looks: Looks,
+}
+
+/// What is looked at besides sysfs, and where what was found is told besides to the kubelet.
+#[derive(Clone, Debug)]
+pub struct Looks {
+    /// Whether units are called as the kubelet's book asks for, by their addresses or by numbers; else the policy says.
+    pub ids_by_book: bool,
+    /// When a unit that comes and goes is held back.
+    pub flaps: FlapRule,
+    /// For how long a unit must be in use without a pod before it is held back.
+    pub settled: Duration,
+    /// Socket of the kubelet's pod-resources service; empty, or where it is not there, its book has to do.
+    pub pod_resources: PathBuf,
+    /// Feature file for Node Feature Discovery.
+    pub features_file: FeatureFile,
+    /// Where the units are shown on request.
+    pub state: StateDump,
+}
+
+impl Default for Looks {
+    /// Sysfs and the kubelet's book are all that is looked at.
+    fn default() -> Self {
+        Self {
+            ids_by_book: false,
+            flaps: FlapRule::default(),
+            settled: SETTLED,
+            pod_resources: PathBuf::new(),
+            features_file: FeatureFile::default(),
+            state: StateDump::default(),
+        }
+    }
 }
 
 /// Why the agent ended without being asked to.
@@ -76,6 +117,7 @@ pub async fn run(
     if let Err(error) = HostDir::open(&config.places.state_dir) {
         tracing::info!(reason = chain(&error), "The folder of devices.json is not there and cannot be made");
     }
+    let Looks { flaps, settled, .. } = config.looks;
     let mut controller = Controller {
         state: FolderWatch::new(&config.places.state_dir),
         seen: None,
@@ -94,8 +136,20 @@ pub async fn run(
         tasks: JoinSet::new(),
         pending: None,
         trouble: None,
+        said: BTreeMap::new(),
+        ids: None,
+        book: Book::Absent,
+        lately: Lately::default(),
+        flaps: Flaps::new(flaps),
+        errors: Errors::default(),
+        remarks: BTreeMap::new(),
+        quarantine: Quarantine::new(settled),
+        pods: Pods::Unknown("not asked yet".into()),
+        looked: Vec::new(),
+        written: None,
     };
-    let ended = controller.work().await;
+    // The loop is large, and whoever runs it should not have to be.
+    let ended = Box::pin(controller.work()).await;
     controller.shutdown.trigger();
     let Controller { mut tasks, resources, .. } = controller;
     drop(resources);
@@ -104,7 +158,31 @@ pub async fn run(
     ended
 }
 
-type Look = JoinHandle<Result<Observation, ObserveError>>;
+/// What one look finds.
+struct Sight {
+    seen: Observation,
+    book: Book,
+    errors: BTreeMap<Bdf, AerCounts>,
+}
+
+/// Looks at the node and at the kubelet's book. Blocks.
+fn look(places: &Places, plugin_dir: &std::path::Path) -> Result<Sight, ObserveError> {
+    let seen = observe(places)?;
+    let mains = seen.inventory.gpus().chain(seen.inventory.nvswitches());
+    let errors = mains.filter_map(|main| Some((main.bdf, AerCounts::read(&places.root, main.bdf)?))).collect();
+    Ok(Sight { book: Book::read(plugin_dir), errors, seen })
+}
+
+type Look = JoinHandle<Result<Sight, ObserveError>>;
+
+/// How waiting for something ended.
+enum Waited<T> {
+    Done(T),
+    /// A device or cc-manager has news: it is time to look.
+    News,
+    /// The shutdown.
+    Over,
+}
 
 struct Controller {
     config: Config,
@@ -132,6 +210,21 @@ struct Controller {
     pending: Option<Look>,
     /// What was logged last as being in the way.
     trouble: Option<String>,
+    /// What was logged last of other things, by topic.
+    said: BTreeMap<&'static str, String>,
+    /// By which kind of ID units are called, where the kubelet's book decides.
+    ids: Option<Decision>,
+    book: Book,
+    lately: Lately,
+    flaps: Flaps,
+    errors: Errors,
+    remarks: BTreeMap<Bdf, Vec<Remark>>,
+    quarantine: Quarantine,
+    pods: Pods,
+    /// The units as the last look has found them, without those that are held back for their use.
+    looked: Vec<Unit>,
+    /// What was written for people last.
+    written: Option<UnitsFile>,
 }
 
 impl Controller {
@@ -141,16 +234,22 @@ impl Controller {
             let next = Instant::now() + self.config.poll;
             self.state.arm();
             let watched = self.changes.arm();
-            let places = self.config.places.clone();
-            let look = self.pending.take().unwrap_or_else(|| spawn_blocking(move || observe(&places)));
+            let (places, plugin_dir) = (self.config.places.clone(), self.config.plugin_dir.clone());
+            let look = self.pending.take().unwrap_or_else(|| spawn_blocking(move || look(&places, &plugin_dir)));
             let (looked, heard) = self.hearing(look_within(look)).await;
             let Some((looked, pending)) = looked else { return Ok(()) };
             self.pending = pending;
             self.apply(looked);
             // What was seen is older than what cc-manager has said meanwhile.
-            // So is the folder of CDI files that has just been made, and could not be watched before.
+            let next = match self.learn(&mut devices).await {
+                Waited::Over => return Ok(()),
+                Waited::News => Instant::now(),
+                Waited::Done(()) if heard => Instant::now(),
+                Waited::Done(()) => next,
+            };
+            // The folder of CDI files may have been made just now, and could not be watched before.
             let made = self.changes.arm() && !watched;
-            let next = if heard || made { Instant::now() } else { next };
+            let next = if made { Instant::now() } else { next };
             let next = self.leaving.values().map(|(until, _)| *until).chain([next]).min().unwrap_or(next);
             let woken = async {
                 tokio::select! {
@@ -196,6 +295,105 @@ impl Controller {
         }
     }
 
+    /// As [`Self::hearing`], and an event of a device ends the waiting, too.
+    async fn waiting<T>(&mut self, devices: &mut DeviceEvents, work: impl Future<Output = T>) -> Waited<T> {
+        tokio::select! {
+            () = devices.changed() => Waited::News,
+            (done, heard) = self.hearing(work) => match done {
+                None => Waited::Over,
+                Some(_) if heard => Waited::News,
+                Some(done) => Waited::Done(done),
+            },
+        }
+    }
+
+    /// Learns who has the devices, after the kubelet was told: nobody waits for these answers.
+    async fn learn(&mut self, devices: &mut DeviceEvents) -> Waited<()> {
+        // What is not seen is not judged anew.
+        if self.trouble.is_some() {
+            return Waited::Done(());
+        }
+        let socket = self.config.looks.pod_resources.clone();
+        self.pods = match self.waiting(devices, async move { pods::ask(&socket).await }).await {
+            Waited::Done(Some(Ok(pods))) => pods,
+            Waited::Done(Some(Err(why))) => {
+                self.once("pod-resources", &why, |why| {
+                    tracing::warn!(
+                        reason = why,
+                        "The kubelet does not tell which pod has which device; its book has to do"
+                    );
+                });
+                Pods::by_book(&self.book)
+            }
+            Waited::Done(None) => Pods::by_book(&self.book),
+            Waited::News => return Waited::News,
+            Waited::Over => return Waited::Over,
+        };
+        let Some(seen) = &self.seen else { return Waited::Done(()) };
+        let held: Option<Holders> = if Quarantine::asks(&self.looked, &self.pods, &seen.inventory) {
+            let root = self.config.places.root.clone();
+            match self.waiting(devices, spawn_blocking(move || holders(&root))).await {
+                Waited::Done(holders) => holders.ok(),
+                Waited::News => return Waited::News,
+                Waited::Over => return Waited::Over,
+            }
+        } else {
+            None
+        };
+        let Some(seen) = &self.seen else { return Waited::Done(()) };
+        let facts = Facts { inventory: &seen.inventory, pods: &self.pods, holders: held.as_ref() };
+        let has_news = self.quarantine.step(Instant::now(), &self.looked, &facts);
+        if has_news {
+            let mut now = self.looked.clone();
+            self.quarantine.settle(&mut now);
+            // What cc-manager has said meanwhile still counts.
+            let mut now = withdrawn(&self.config.policy, seen, &now);
+            self.write_cdi(&mut now);
+            self.tell(now);
+        } else {
+            self.show();
+        }
+        self.say_what_is_not_seen();
+        Waited::Done(())
+    }
+
+    fn say_what_is_not_seen(&mut self) {
+        if let Pods::Unknown(why) = &self.pods {
+            let why = why.clone();
+            self.once("pods", &why, |why| {
+                tracing::info!(
+                    reason = why,
+                    "It is not known which pod has which device: a device that outlives its pod in use is not held back"
+                );
+            });
+        }
+        if let Some(blind) = self.blind() {
+            self.once("use", &blind, |blind| {
+                tracing::info!(reason = blind, "It cannot be seen whether some units are in use");
+            });
+        }
+    }
+
+    /// Why it cannot be seen of some units whether they are in use.
+    fn blind(&self) -> Option<String> {
+        let units: Vec<String> = self.quarantine.unseen().iter().map(ToString::to_string).collect();
+        (!units.is_empty() && self.pods.are_known()).then(|| {
+            format!(
+                "{}: the processes of the host are not seen (that takes hostPID and CAP_SYS_PTRACE), and the device was not seen \
+                 to sleep on VFIO since this agent started",
+                units.join(", ")
+            )
+        })
+    }
+
+    /// Logs what is new on a topic.
+    fn once(&mut self, topic: &'static str, text: &str, log: impl FnOnce(&str)) {
+        if self.said.get(topic).is_none_or(|said| said != text) {
+            log(text);
+            self.said.insert(topic, text.to_owned());
+        }
+    }
+
     /// cc-manager's word has changed: what it takes away is withdrawn now, before the node is looked at again.
     fn hear(&mut self) {
         let Some(seen) = &mut self.seen else { return };
@@ -205,16 +403,12 @@ impl Controller {
     }
 
     /// From what was seen to what Kata finds and the kubelet hears, in this order: what is advertised can be resolved.
-    fn apply(&mut self, looked: Result<Observation, String>) {
+    fn apply(&mut self, looked: Result<Sight, String>) {
         let mut now = match looked {
-            Ok(mut seen) => {
+            Ok(sight) => {
                 self.say(None);
                 self.scanned.ready();
-                // The look took its time, and its word of cc-manager may be an old one.
-                seen.hear(&self.config.places);
-                let units = units(&self.config.policy, &seen, &self.units);
-                self.seen = Some(seen);
-                units
+                self.judge(sight)
             }
             Err(why) => {
                 self.say(Some(why.clone()));
@@ -224,6 +418,152 @@ impl Controller {
         };
         self.write_cdi(&mut now);
         self.tell(now);
+    }
+
+    /// The units by what a look has found, and by what is remembered of former looks.
+    fn judge(&mut self, Sight { mut seen, book, errors }: Sight) -> Vec<Unit> {
+        // The look took its time, and its word of cc-manager may be an old one.
+        seen.hear(&self.config.places);
+        self.book = book;
+        self.choose_ids(&mut seen);
+        self.remark(&seen, &errors);
+        self.write_features(&seen);
+        let mut now = units(&self.config.policy, &seen, &self.units);
+        for fall in self.flaps.settle(Instant::now(), &mut now) {
+            self.metrics.fell(fall);
+        }
+        self.quarantine.watch(&seen.inventory);
+        self.looked.clone_from(&now);
+        self.quarantine.settle(&mut now);
+        self.seen = Some(seen);
+        now
+    }
+
+    /// By which kind of ID units are called from now on. Nothing is awaited between this and [`Self::publish`], so that no
+    /// allocation comes between.
+    fn choose_ids(&mut self, seen: &mut Observation) {
+        let ours = checkpoint::resources(&self.config.policy, &seen.inventory);
+        if !self.config.looks.ids_by_book {
+            let scheme = self.config.policy.scheme;
+            if let Some(given) = checkpoint::contradiction(&self.book, &ours, scheme) {
+                let text = format!("pod {} has device {} of {}", given.pod, given.id, given.resource);
+                self.once("ids", &text, |text| {
+                    tracing::warn!(
+                        reason = text,
+                        "Units are called otherwise than a pod's device is, as --device-id-scheme asks: that device is offered \
+                         twice until the pod has ended"
+                    );
+                });
+            }
+            self.metrics.called(scheme, "chosen");
+            return;
+        }
+        let lately = self.lately.all();
+        let decision = checkpoint::decide(&self.book, &lately, &ours, self.ids.as_ref());
+        let text = decision.why.to_string();
+        self.once("ids", &text, |reason| {
+            tracing::info!(event = "id_scheme", scheme = decision.scheme.word(), reason, "How units are called");
+        });
+        self.config.policy.scheme = decision.scheme;
+        seen.given = self.book.given().iter().map(|given| (given.resource.clone(), given.id.clone())).collect();
+        seen.given.extend(lately);
+        self.metrics.called(decision.scheme, decision.why.code());
+        self.ids = Some(decision);
+    }
+
+    /// Notes what is to be remarked of devices that can be used, and logs what is new of it.
+    fn remark(&mut self, seen: &Observation, errors: &BTreeMap<Bdf, AerCounts>) {
+        let mut remarks: BTreeMap<Bdf, Vec<Remark>> = BTreeMap::new();
+        for main in seen.inventory.gpus().chain(seen.inventory.nvswitches()) {
+            let mut of_main = health::link(&seen.inventory, main);
+            of_main.extend(errors.get(&main.bdf).and_then(|counts| self.errors.since(main, *counts)));
+            let before = self.remarks.get(&main.bdf).map(Vec::as_slice).unwrap_or_default();
+            for remark in of_main.iter().filter(|remark| !before.contains(remark)) {
+                tracing::warn!(
+                    event = "device_remark", bdf = %main.bdf, code = remark.code(), reason = %remark,
+                    "The device works less well than it could"
+                );
+            }
+            if !of_main.is_empty() {
+                remarks.insert(main.bdf, of_main);
+            }
+        }
+        self.errors.keep(|bdf| seen.inventory.get(bdf).is_some());
+        self.metrics.remarked(&remarks, errors);
+        self.remarks = remarks;
+    }
+
+    /// Keeps the feature file as the node is.
+    fn write_features(&mut self, seen: &Observation) {
+        let file = &self.config.looks.features_file;
+        match file.sync(&seen.inventory) {
+            Ok(true) => {
+                tracing::info!(event = "features", path = %file.path().display(), "The node's features are told anew");
+            }
+            Ok(false) => {}
+            Err(why) => self.once("features", &why, |why| {
+                tracing::warn!(reason = why, "The feature file for Node Feature Discovery is left as it is");
+            }),
+        }
+    }
+
+    /// Shows people what the kubelet is told, and why: on request, and in a file that the host sees.
+    fn show(&mut self) {
+        let file = self.file();
+        self.metrics
+            .allocated(file.units.iter().filter_map(|unit| Some((&*unit.resource, &*unit.id, unit.pod.as_deref()?))));
+        self.metrics.quarantined(self.quarantine.count());
+        let folder = self.config.plugin_dir.join(UNITS_DIR);
+        let is_told = self.written.as_ref().is_some_and(|written| written.says_as(&file));
+        if is_told && folder.join(agent_core::state::UNITS_FILE).exists() {
+            return;
+        }
+        if let Ok(text) = serde_json::to_string(&file) {
+            self.config.looks.state.show(text);
+        }
+        // Without the kubelet's folder there is no kubelet either.
+        let stored = match HostDir::open_existing(&self.config.plugin_dir) {
+            Ok(None) => return,
+            Ok(Some(_)) => HostDir::open(&folder).map_err(Into::into).and_then(|folder| file.store(&folder)),
+            Err(error) => Err(error.into()),
+        };
+        match stored {
+            Ok(()) => self.written = Some(file),
+            Err(error) => self.once("units-file", &chain(&error), |why| {
+                tracing::info!(reason = why, "What the kubelet is told cannot be written down for ccnode status");
+            }),
+        }
+    }
+
+    fn file(&self) -> UnitsFile {
+        let inventory = self.seen.as_ref().map(|seen| &seen.inventory);
+        let boot_id = inventory.and_then(|inventory| inventory.host.boot_id.clone()).unwrap_or_default();
+        let record = |unit: &Unit| {
+            let remarks = unit.functions.iter().filter_map(|bdf| self.remarks.get(bdf)).flatten();
+            UnitRecord {
+                resource: unit.resource.to_string(),
+                id: unit.id.clone(),
+                bdf: unit.bdf,
+                functions: unit.functions.clone(),
+                nodes: unit.nodes.clone(),
+                numa: unit.numa.iter().copied().collect(),
+                healthy: unit.fault.is_none(),
+                error: unit
+                    .fault
+                    .as_ref()
+                    .map(|fault| ErrorRecord { code: fault.code().to_owned(), message: fault.to_string() }),
+                pod: inventory.and_then(|inventory| self.pods.of(unit, inventory)).map(str::to_owned),
+                remarks: remarks.map(ToString::to_string).collect(),
+            }
+        };
+        UnitsFile {
+            origin: Origin::now(boot_id, None),
+            ids: self.config.policy.scheme.word().to_owned(),
+            ids_reason: self.ids.as_ref().map_or_else(|| "--device-id-scheme".to_owned(), |ids| ids.why.to_string()),
+            pods: self.pods.source(),
+            blind: self.blind(),
+            units: self.units.iter().map(record).collect(),
+        }
     }
 
     /// Tells the log what is new, and the kubelet.
@@ -245,6 +585,7 @@ impl Controller {
         self.units = now;
         self.metrics.told(&self.units);
         self.publish();
+        self.show();
     }
 
     /// Writes what is new before the kubelet is told of it, and keeps what goes until the kubelet has heard.
@@ -319,6 +660,7 @@ impl Controller {
                     shutdown: self.shutdown.clone(),
                     ready: self.readiness.register(resource.to_string()),
                     metrics: self.metrics.clone(),
+                    lately: self.lately.clone(),
                 };
                 self.tasks.spawn(plugin.run());
                 self.resources.insert(resource, sender);
@@ -341,10 +683,10 @@ impl Controller {
 }
 
 /// Waits for a look, and hands it back where it is late: no second thread is sent after it.
-async fn look_within(mut look: Look) -> (Result<Observation, String>, Option<Look>) {
+async fn look_within(mut look: Look) -> (Result<Sight, String>, Option<Look>) {
     match timeout(LOOK, &mut look).await {
         Err(_) => (Err(format!("Reading sysfs has not come back within {LOOK:?}")), Some(look)),
-        Ok(Ok(Ok(observation))) => (Ok(observation), None),
+        Ok(Ok(Ok(sight))) => (Ok(sight), None),
         Ok(Ok(Err(error))) => (Err(chain(&error)), None),
         Ok(Err(error)) => (Err(chain(&error)), None),
     }

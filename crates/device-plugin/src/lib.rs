@@ -7,12 +7,17 @@
 
 pub mod args;
 pub mod cdi;
+pub mod checkpoint;
 pub mod controller;
+pub mod features;
+pub mod health;
 mod metrics;
 pub mod names;
 pub mod observe;
 pub mod plugin;
+pub mod pods;
 pub mod preferred;
+pub mod quarantine;
 pub mod server;
 pub mod units;
 pub mod watch;

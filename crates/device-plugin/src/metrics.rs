@@ -4,14 +4,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use agent_core::metrics::Metrics;
+use hw_probe::{AerCounts, Bdf};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 
+use crate::health::{Fall, Remark};
 use crate::names::ResourceName;
-use crate::units::{Fault, Unit};
+use crate::units::{Fault, IdScheme, Unit};
 
 const ALLOCATION_SECONDS: [f64; 8] = [0.000_01, 0.000_02, 0.000_05, 0.000_1, 0.001, 0.01, 0.1, 1.0];
 const REGISTER_SECONDS: [f64; 8] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0];
@@ -37,6 +39,33 @@ struct AllocationLabels {
     result: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FlapLabels {
+    device: String,
+    /// Code of the fault, or `gone`.
+    cause: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PodLabels {
+    resource: String,
+    unit: String,
+    pod: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DeviceLabels {
+    device: String,
+    /// Of a remark or an error.
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SchemeLabels {
+    scheme: &'static str,
+    reason: &'static str,
+}
+
 /// Units by health, registrations and allocations. Clones count together.
 #[derive(Clone, Debug)]
 pub(crate) struct PluginMetrics {
@@ -48,6 +77,12 @@ pub(crate) struct PluginMetrics {
     register_seconds: Family<ResourceLabel, Histogram, fn() -> Histogram>,
     kubelet_restarts: Family<ResourceLabel, Counter>,
     cdi_problems: Gauge,
+    flaps: Family<FlapLabels, Counter>,
+    quarantined: Gauge,
+    pods: Family<PodLabels, Gauge>,
+    remarks: Family<DeviceLabels, Gauge>,
+    errors: Family<DeviceLabels, Gauge>,
+    scheme: Family<SchemeLabels, Gauge>,
 }
 
 impl PluginMetrics {
@@ -61,6 +96,12 @@ impl PluginMetrics {
             register_seconds: Family::new_with_constructor(|| Histogram::new(REGISTER_SECONDS)),
             kubelet_restarts: Family::default(),
             cdi_problems: Gauge::default(),
+            flaps: Family::default(),
+            quarantined: Gauge::default(),
+            pods: Family::default(),
+            remarks: Family::default(),
+            errors: Family::default(),
+            scheme: Family::default(),
         };
         registry.register(
             "plugin_units",
@@ -102,7 +143,69 @@ impl PluginMetrics {
             "CDI files on the node, of whomever, that do not parse and so may keep every Kata pod from starting",
             metrics.cdi_problems.clone(),
         );
+        registry.register(
+            "plugin_health_flaps",
+            "How often a unit that could be allocated fell ill or vanished, by device and cause",
+            metrics.flaps.clone(),
+        );
+        registry.register(
+            "plugin_quarantined_units",
+            "Units that are in use without a pod, and so are held back",
+            metrics.quarantined.clone(),
+        );
+        registry.register("plugin_unit_pod", "1 for each unit that a pod has, with that pod", metrics.pods.clone());
+        registry.register(
+            "plugin_device_remarks",
+            "1 for each thing by which a device works less well than it could",
+            metrics.remarks.clone(),
+        );
+        registry.register(
+            "plugin_device_link_errors",
+            "Errors of the device's link that the kernel has counted, by kind",
+            metrics.errors.clone(),
+        );
+        registry.register("plugin_id_scheme", "1 for the kind of ID that units have, and why", metrics.scheme.clone());
         metrics
+    }
+
+    /// A unit fell ill.
+    pub(crate) fn fell(&self, fall: Fall) {
+        self.flaps.get_or_create(&FlapLabels { device: fall.bdf.to_string(), cause: fall.cause }).inc();
+    }
+
+    /// How many units are held back for being in use without a pod.
+    pub(crate) fn quarantined(&self, count: usize) {
+        self.quarantined.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// Resource, unit and pod of every unit that a pod has.
+    pub(crate) fn allocated<'a>(&self, units: impl Iterator<Item = (&'a str, &'a str, &'a str)>) {
+        self.pods.clear();
+        for (resource, unit, pod) in units {
+            let labels = PodLabels { resource: resource.to_owned(), unit: unit.to_owned(), pod: pod.to_owned() };
+            self.pods.get_or_create(&labels).set(1);
+        }
+    }
+
+    /// What is to be remarked of devices, and the errors of their links.
+    pub(crate) fn remarked(&self, remarks: &BTreeMap<Bdf, Vec<Remark>>, errors: &BTreeMap<Bdf, AerCounts>) {
+        let labels = |bdf: &Bdf, kind| DeviceLabels { device: bdf.to_string(), kind };
+        self.remarks.clear();
+        for (bdf, remark) in remarks.iter().flat_map(|(bdf, remarks)| remarks.iter().map(move |remark| (bdf, remark))) {
+            self.remarks.get_or_create(&labels(bdf, remark.code())).set(1);
+        }
+        self.errors.clear();
+        for (bdf, AerCounts { correctable, nonfatal, fatal }) in errors {
+            for (kind, count) in [("correctable", correctable), ("nonfatal", nonfatal), ("fatal", fatal)] {
+                self.errors.get_or_create(&labels(bdf, kind)).set(i64::try_from(*count).unwrap_or(i64::MAX));
+            }
+        }
+    }
+
+    /// By which kind of ID units are called, and why.
+    pub(crate) fn called(&self, scheme: IdScheme, reason: &'static str) {
+        self.scheme.clear();
+        self.scheme.get_or_create(&SchemeLabels { scheme: scheme.word(), reason }).set(1);
     }
 
     /// What the kubelet is told from now on.

@@ -1,7 +1,8 @@
 //! The reading side: everything that [`crate::units`] decides by, gathered at one moment. No device is opened, none is
 //! woken, nothing is sent.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use agent_core::hostfile::HostDir;
@@ -49,6 +50,8 @@ pub fn observe(places: &Places) -> Result<Observation, ObserveError> {
         groups: groups(&inventory, root),
         alive: mains().map(|main| (main.bdf, liveness(root, main.bdf).map_err(|error| chain(&error)))).collect(),
         verdicts: verdicts(&places.state_dir, inventory.host.boot_id.as_deref()),
+        given: BTreeSet::new(),
+        wrong_nodes: wrong_nodes(&inventory, root),
         inventory,
     })
 }
@@ -67,10 +70,55 @@ fn has_device(root: &SysRoot, class: &str, name: &str, node: &str) -> bool {
     if !class.is_dir() {
         return root.join(node).exists();
     }
-    let text = std::fs::read_to_string(class.join(name).join("dev")).unwrap_or_default();
-    text.trim().split_once(':').is_some_and(|(major, minor)| {
-        major.parse::<u32>().is_ok_and(|major| major != 0) && minor.parse::<u32>().is_ok()
-    })
+    numbers(&class.join(name).join("dev")).is_some()
+}
+
+/// Major and minor number in a `dev` file. Nothing has major number 0.
+fn numbers(dev: &Path) -> Option<(u64, u64)> {
+    let text = std::fs::read_to_string(dev).ok()?;
+    let (major, minor) = text.trim().split_once(':')?;
+    let (major, minor): (u32, u32) = (major.parse().ok()?, minor.parse().ok()?);
+    (major != 0).then_some((major.into(), minor.into()))
+}
+
+/// Nodes of VFIO that are not the devices that sysfs tells of. Only where `/dev` is the kernel's own: a container's is a copy
+/// from the time of its start, which says nothing of the host's. A node that is missing is not told here.
+fn wrong_nodes(inventory: &Inventory, root: &SysRoot) -> BTreeMap<String, String> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if !is_the_kernels(&mounts, &root.join("dev")) {
+        return BTreeMap::new();
+    }
+    let mains = || inventory.gpus().chain(inventory.nvswitches());
+    let groups: BTreeSet<u32> = mains().filter_map(|main| main.iommu_group).collect();
+    let class = |name: &str| root.join("sys/class").join(name).join("dev");
+    let group = |group: u32| Some((format!("/dev/vfio/{group}"), numbers(&class(&format!("vfio/{group}")))?));
+    let cdevs = inventory.functions.iter().filter_map(|function| {
+        let cdev = function.vfio_cdev.as_ref()?;
+        Some((format!("/dev/vfio/devices/{}", cdev.name), (cdev.major.into(), cdev.minor.into())))
+    });
+    let container = numbers(&class("misc/vfio")).map(|numbers| ("/dev/vfio/vfio".to_owned(), numbers));
+    let told = container.into_iter().chain(groups.into_iter().filter_map(group)).chain(cdevs);
+    told.filter_map(|(node, numbers)| Some((node.clone(), mistake(root, &node, numbers)?))).collect()
+}
+
+/// Whether the last file system that was mounted at `folder` is devtmpfs, by mountinfo (proc(5)).
+fn is_the_kernels(mounts: &str, folder: &Path) -> bool {
+    let mut of_folder = mounts.lines().filter_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        (mount.split(' ').nth(4)? == folder.to_str()?).then(|| file_system.split(' ').next())
+    });
+    of_folder.next_back().flatten() == Some("devtmpfs")
+}
+
+/// What is wrong with a node that should have these numbers, if it is there.
+fn mistake(root: &SysRoot, node: &str, (major, minor): (u64, u64)) -> Option<String> {
+    let found = std::fs::symlink_metadata(root.join(node.trim_start_matches('/'))).ok()?;
+    if !found.file_type().is_char_device() {
+        return Some("it is no character device".into());
+    }
+    let device = found.rdev();
+    let numbers = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    (numbers != (major, minor)).then(|| format!("it is {}:{} instead of {major}:{minor}", numbers.0, numbers.1))
 }
 
 fn groups(inventory: &Inventory, root: &SysRoot) -> BTreeSet<u32> {
@@ -92,5 +140,47 @@ fn verdicts(state_dir: &Path, boot_id: Option<&str>) -> Verdicts {
         Ok(Some(file)) => Verdicts::Known(file),
         Ok(None) => Verdicts::Unknown(format!("{} is absent or of another boot", path.display())),
         Err(error) => Verdicts::Unknown(chain(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hw_probe::testing::FakeSysfs;
+
+    use super::*;
+
+    #[test]
+    fn only_the_kernels_own_dev_is_believed() {
+        let host = "25 1 0:5 / /dev rw,nosuid shared:2 - devtmpfs udev rw,size=4k\n";
+        let pod = "700 699 0:80 / /dev rw,nosuid - tmpfs tmpfs rw\n701 700 0:5 / /dev/vfio rw - devtmpfs udev rw\n";
+        let is_the_kernels = |text: &str| super::is_the_kernels(text, Path::new("/dev"));
+        assert!(is_the_kernels(host));
+        assert!(!is_the_kernels(pod));
+        assert!(!is_the_kernels(&format!("{host}{pod}")), "what was mounted last is seen");
+        assert!(!is_the_kernels("") && !is_the_kernels("25 1 - devtmpfs\n") && !is_the_kernels(" - \n"));
+    }
+
+    #[test]
+    fn a_node_of_another_kind_or_number_is_a_mistake_and_a_missing_one_is_none() {
+        let fake = FakeSysfs::new();
+        fake.file("dev/vfio/5", "a file");
+        assert_eq!(mistake(&fake.root(), "/dev/vfio/5", (243, 0)).unwrap(), "it is no character device");
+        assert_eq!(mistake(&fake.root(), "/dev/vfio/6", (243, 0)), None);
+        let host = SysRoot::host();
+        assert_eq!(mistake(&host, "/dev/null", (1, 3)), None);
+        assert_eq!(mistake(&host, "/dev/null", (1, 5)).unwrap(), "it is 1:3 instead of 1:5");
+    }
+
+    #[test]
+    fn numbers_are_those_of_a_device_or_none() {
+        let fake = FakeSysfs::new();
+        let read = |text: &str| {
+            fake.file("dev-file", text);
+            numbers(&fake.path().join("dev-file"))
+        };
+        assert_eq!(read("243:7\n"), Some((243, 7)));
+        for nothing in ["0:0\n", "", "243", "a:b", "-1:0", "4294967296:0"] {
+            assert_eq!(read(nothing), None, "{nothing:?}");
+        }
     }
 }

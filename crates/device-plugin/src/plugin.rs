@@ -17,6 +17,7 @@ use kubelet_api::{KUBELET_SOCKET, VERSION, socket};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use crate::checkpoint::Lately;
 use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::server::{Manner, Role, Service, Snapshot, digest, options};
@@ -57,6 +58,8 @@ pub struct Plugin {
     /// Says whether the kubelet listens to us.
     pub ready: Guard,
     pub(crate) metrics: PluginMetrics,
+    /// Notes what is allocated.
+    pub lately: Lately,
 }
 
 /// Why the kubelet does not know of us.
@@ -190,8 +193,15 @@ impl Plugin {
 
         let (streams, listening) = watch::channel(0);
         let (stop, stopped) = watch::channel(false);
-        let (resource, units) = (self.resource.clone(), self.units.clone());
-        let service = Service::new(resource, units, self.manner, self.metrics.clone(), streams, stopped.clone());
+        let service = Service::new(
+            self.resource.clone(),
+            self.units.clone(),
+            self.manner,
+            self.metrics.clone(),
+            self.lately.clone(),
+            streams,
+            stopped.clone(),
+        );
         let router = tonic::transport::Server::builder().add_service(DevicePluginServer::new(service));
         let mut stopped = stopped;
         let mut server = tokio::spawn(socket::serve(router, listener, async move {
@@ -398,6 +408,7 @@ mod tests {
             shutdown: shutdown.clone(),
             ready: registry.register("pgpu"),
             metrics: PluginMetrics::register(&Metrics::new()),
+            lately: Lately::default(),
         };
         let task = tokio::spawn(plugin.run());
         let begun = Instant::now();

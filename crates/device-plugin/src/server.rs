@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
+use crate::checkpoint::Lately;
 use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::preferred::preferred;
@@ -81,21 +82,24 @@ pub struct Service {
     units: watch::Receiver<Snapshot>,
     manner: Manner,
     metrics: PluginMetrics,
+    lately: Lately,
     streams: watch::Sender<usize>,
     stop: watch::Receiver<bool>,
 }
 
 impl Service {
-    /// Serves `units`; counts open ListAndWatch streams in `streams`, and ends them when `stop` becomes true.
+    /// Serves `units`, and notes what it allocates in `lately`; counts open ListAndWatch streams in `streams`, and ends them
+    /// when `stop` becomes true.
     pub(crate) fn new(
         resource: ResourceName,
         units: watch::Receiver<Snapshot>,
         manner: Manner,
         metrics: PluginMetrics,
+        lately: Lately,
         streams: watch::Sender<usize>,
         stop: watch::Receiver<bool>,
     ) -> Self {
-        Self { resource, units, manner, metrics, streams, stop }
+        Self { resource, units, manner, metrics, lately, streams, stop }
     }
 }
 
@@ -168,8 +172,14 @@ impl DevicePlugin for Service {
                     self.metrics.partial(&self.resource);
                     tracing::warn!(event = "partial_domain", resource = %self.resource, reason = %partial, "A part of the domain was allocated");
                 }
-                let ids = request.container_requests.iter().flat_map(|request| &request.devices_ids);
-                let ids = ids.map(String::as_str).collect::<Vec<_>>().join(",");
+                let ids: Vec<&str> = request
+                    .container_requests
+                    .iter()
+                    .flat_map(|request| &request.devices_ids)
+                    .map(String::as_str)
+                    .collect();
+                self.lately.note(&self.resource, ids.iter().copied());
+                let ids = ids.join(",");
                 tracing::info!(event = "allocated", resource = %self.resource, ids, "Units were allocated to a pod");
                 Ok(Response::new(response))
             }

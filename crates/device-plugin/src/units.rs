@@ -9,6 +9,7 @@ use agent_core::state::DevicesFile;
 use hw_probe::config::Liveness;
 use hw_probe::{Bdf, Inventory, PciFunction, pci_ids_name};
 
+use crate::health::is_down;
 use crate::names::{Naming, ResourceName, resource_name};
 
 /// What is wanted.
@@ -26,13 +27,30 @@ pub struct Policy {
     pub gate: CcGate,
 }
 
+impl Policy {
+    /// How a GPU or switch is named.
+    pub fn naming(&self, main: &PciFunction) -> &Naming {
+        if main.is_nvswitch() { &self.nvswitch } else { &self.gpu }
+    }
+}
+
 /// What a unit's ID is: the kubelet's device ID and the CDI device name alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IdScheme {
     /// The PCI address, which stays the same across rebinds and reboots.
     Pci,
     /// The reference's: the number of the VFIO device node or of the IOMMU group. It moves.
     Iommu,
+}
+
+impl IdScheme {
+    /// Its name on the command line and in metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Pci => "pci",
+            Self::Iommu => "iommu",
+        }
+    }
 }
 
 /// Which VFIO interface is wanted.
@@ -70,6 +88,10 @@ pub struct Observation {
     pub alive: BTreeMap<Bdf, Result<Liveness, String>>,
     /// cc-manager's word.
     pub verdicts: Verdicts,
+    /// Resource and ID of what pods have, where units are called by that.
+    pub given: BTreeSet<(String, String)>,
+    /// Device nodes in a `/dev` of the kernel's own that are not what sysfs says, and how.
+    pub wrong_nodes: BTreeMap<String, String>,
 }
 
 /// cc-manager's word on the devices.
@@ -136,12 +158,13 @@ impl Unit {
 impl Unit {
     /// A healthy H100 of `nvidia.com/pgpu` on iommufd, without nodes: what a test wants otherwise, it sets.
     pub(crate) fn sample(id: &str) -> Self {
+        let bdf = id.parse().unwrap_or("0000:41:00.0".parse().unwrap());
         Self {
             id: id.into(),
             resource: "pgpu".parse().unwrap(),
-            bdf: id.parse().unwrap_or("0000:41:00.0".parse().unwrap()),
+            bdf,
             ids: (0x10de, 0x2330),
-            functions: Vec::new(),
+            functions: vec![bdf],
             backend: Backend::Iommufd,
             nodes: Vec::new(),
             all_nodes: Vec::new(),
@@ -193,6 +216,16 @@ pub enum Fault {
     /// A device node is missing.
     #[error("The kernel offers no {0}")]
     NoNode(String),
+    /// A device node is there and is another device's.
+    #[error(
+        "{node} is not the device that the kernel tells of: {cause}; remove it, and let udev or a reboot make it again"
+    )]
+    WrongNode {
+        /// The node.
+        node: String,
+        /// What is wrong with it.
+        cause: String,
+    },
     /// In D3cold without having been suspended by its driver.
     #[error("{0} has lost its power (D3cold), though its driver has not suspended it")]
     Cold(Bdf),
@@ -207,6 +240,9 @@ pub enum Fault {
         /// What was read.
         vendor: u16,
     },
+    /// Configuration space answers, and the link has no lanes.
+    #[error("{0} has lost its link: no lane is in use; reseat it, and look for link errors in the kernel log")]
+    LinkDown(Bdf),
     /// Configuration space cannot be read.
     #[error("{bdf}: configuration space cannot be read: {cause}")]
     Unreadable {
@@ -234,6 +270,26 @@ pub enum Fault {
     /// The node could not be looked at.
     #[error("The node could not be observed: {0}")]
     Unobserved(String),
+    /// Well now, and has fallen ill too often for that to be relied upon.
+    #[error(
+        "{bdf} has come and gone {falls} times (last cause: {cause}); it is offered again when it has been quiet for a while"
+    )]
+    Flapping {
+        /// The GPU or switch.
+        bdf: Bdf,
+        /// How often.
+        falls: usize,
+        /// Code of the last fault.
+        cause: &'static str,
+    },
+    /// In use without a pod.
+    #[error("{bdf} is held by {by}, though the kubelet has given it to no pod; it is offered again when it is let go")]
+    Held {
+        /// The GPU or switch.
+        bdf: Bdf,
+        /// Who has it.
+        by: String,
+    },
     /// The CDI file is not there, so Kata could not find the device.
     #[error("The CDI file could not be written: {0}")]
     NoCdi(String),
@@ -251,13 +307,17 @@ impl Fault {
             Self::NoGroup(_) => "no-iommu-group",
             Self::NotViable { .. } => "group-not-viable",
             Self::NoNode(_) => "no-vfio-node",
+            Self::WrongNode { .. } => "wrong-vfio-node",
             Self::Cold(_) => "d3cold",
             Self::Dead(_) => "dead",
             Self::NotReady { .. } => "not-ready",
+            Self::LinkDown(_) => "link-down",
             Self::Unreadable { .. } => "config-unreadable",
             Self::NotUsable { .. } => "cc-not-usable",
             Self::NotVerified { .. } => "cc-not-verified",
             Self::Unobserved(_) => "unobserved",
+            Self::Flapping { .. } => "flapping",
+            Self::Held { .. } => "held",
             Self::NoCdi(_) => "no-cdi",
             Self::CdiConflict(_) => "cdi-conflict",
         }
@@ -318,14 +378,17 @@ fn unit(policy: &Policy, seen: &Observation, before: &[Unit], mains: &[&PciFunct
         .or_else(|| binding(mains))
         .or_else(|| viability(&seen.inventory, lead))
         .or_else(|| nodes.as_ref().err().cloned().flatten())
+        .or_else(|| nodes.as_ref().ok().and_then(|nodes| nodes.iter().find_map(|node| wrong_node(seen, node))))
         .or_else(|| mains.iter().find_map(|main| liveness(seen, main)))
+        .or_else(|| mains.iter().find_map(|main| link(main)))
         .or_else(|| mains.iter().find_map(|main| verdict(policy.gate, seen, main)));
-    let naming = if lead.is_nvswitch() { &policy.nvswitch } else { &policy.gpu };
+    let resource = resource_name(policy.naming(lead), lead, pci_ids_name(lead.vendor, lead.device));
     Some(Unit {
         id: id(policy.scheme, backend, lead)
+            .map(|id| as_given(&seen.given, &resource, lead, id))
             .or_else(|| known.map(|unit| unit.id.clone()))
             .unwrap_or_else(|| lead.bdf.to_string()),
-        resource: resource_name(naming, lead, pci_ids_name(lead.vendor, lead.device)),
+        resource,
         bdf: lead.bdf,
         ids: (lead.vendor, lead.device),
         functions: members.iter().map(|member| member.bdf).collect(),
@@ -404,6 +467,13 @@ fn id(scheme: IdScheme, backend: Backend, lead: &PciFunction) -> Option<String> 
     }
 }
 
+/// Where units go by numbers, one that a pod has by its address, and by that alone, stays called so.
+fn as_given(given: &BTreeSet<(String, String)>, resource: &ResourceName, lead: &PciFunction, id: String) -> String {
+    let has = |id: &str| given.contains(&(resource.to_string(), id.to_owned()));
+    let address = lead.bdf.to_string();
+    if has(&address) && !has(&id) { address } else { id }
+}
+
 /// Numbers of device nodes and of groups come from two counters and may meet, and a number that an unbound device had
 /// may have gone to another. The usable one keeps the number; the other is called by its address.
 fn settle_ids(units: &mut [Unit]) {
@@ -460,6 +530,16 @@ fn is_ppcie(seen: &Observation, main: &PciFunction) -> bool {
     file.record(main).is_some_and(|record| record.active_mode.as_deref() == Some("ppcie"))
 }
 
+/// A device that answers though no lane is in use is about to be lost. The link of one that sleeps may rest.
+fn link(main: &PciFunction) -> Option<Fault> {
+    let sleeps = main.power.runtime_status.as_deref() == Some("suspended");
+    (!sleeps && main.link.as_ref().is_some_and(is_down)).then_some(Fault::LinkDown(main.bdf))
+}
+
+fn wrong_node(seen: &Observation, node: &str) -> Option<Fault> {
+    seen.wrong_nodes.get(node).map(|cause| Fault::WrongNode { node: node.to_owned(), cause: cause.clone() })
+}
+
 fn verdict(gate: CcGate, seen: &Observation, main: &PciFunction) -> Option<Fault> {
     let bdf = main.bdf;
     let missing = |cause: &str| match gate {
@@ -479,5 +559,24 @@ fn verdict(gate: CcGate, seen: &Observation, main: &PciFunction) -> Option<Fault
                 ),
             }),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_code_is_explained_once_and_no_other_is() {
+        let source = include_str!("units.rs").split("#[cfg(test)]").next().unwrap();
+        let body = source.split("pub fn code(&self)").nth(1).unwrap().split("\n    }\n").next().unwrap();
+        let codes: Vec<&str> = body.lines().filter_map(|line| line.split_once("=> \"")?.1.split('"').next()).collect();
+        assert!(codes.len() > 12 && codes.contains(&"held") && codes.contains(&"no-cdi"), "{codes:?}");
+        let page = include_str!("../../../docs/troubleshooting.md");
+        let page = page.split("## Codes of device-plugin").nth(1).unwrap().split("\n## ").next().unwrap();
+        let rows: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+        for code in &codes {
+            assert_eq!(rows.iter().filter(|row| row == &code).count(), 1, "{code} in docs/troubleshooting.md");
+        }
+        let left: Vec<&&str> = rows.iter().filter(|row| !codes.contains(row)).collect();
+        assert!(left.is_empty(), "docs/troubleshooting.md explains codes that nothing has: {left:?}");
     }
 }

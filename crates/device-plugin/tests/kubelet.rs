@@ -12,7 +12,7 @@ use agent_core::metrics::Metrics;
 use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::{DeviceRecord, DevicesFile, Identity, Origin, Transition};
-use device_plugin::controller::{Config, ControllerError, run};
+use device_plugin::controller::{Config, ControllerError, Looks, run};
 use device_plugin::names::Naming;
 use device_plugin::observe::Places;
 use device_plugin::server::{Manner, PpciePolicy, Role};
@@ -98,8 +98,11 @@ struct Running {
 impl Running {
     /// Starts as the real one does: wipes the folder of sockets, then opens its own.
     fn start(folder: &Path) -> Self {
-        for entry in std::fs::read_dir(folder).unwrap().flatten() {
-            std::fs::remove_file(entry.path()).unwrap();
+        let is_file = |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|kind| !kind.is_dir());
+        for entry in std::fs::read_dir(folder).unwrap().flatten().filter(is_file) {
+            if entry.file_name() != device_plugin::checkpoint::CHECKPOINT {
+                std::fs::remove_file(entry.path()).unwrap();
+            }
         }
         let (stop, stopped) = watch::channel(false);
         let (hang_up, silence) = watch::channel(());
@@ -155,6 +158,7 @@ struct Node {
     metrics: Metrics,
     poll: Duration,
     manner: Manner,
+    looks: Looks,
 }
 
 impl Node {
@@ -173,6 +177,7 @@ impl Node {
             metrics: Metrics::new(),
             poll: Duration::from_millis(50),
             manner: Manner::default(),
+            looks: Looks::default(),
         }
     }
 
@@ -202,6 +207,7 @@ impl Node {
             cdi_dir: self.place.path().join("cdi"),
             plugin_dir: self.plugins(),
             poll: self.poll,
+            looks: self.looks.clone(),
         };
         let (shutdown, readiness, metrics) = (self.shutdown.clone(), self.readiness.clone(), self.metrics.clone());
         tokio::spawn(async move { run(config, shutdown, readiness, &metrics).await })

@@ -190,6 +190,19 @@ fn each_cause_has_its_reason() {
         ("", "", |fake| {
             fake.get(GPU).power("auto", "suspended", "D3hot");
         }),
+        ("link-down", "no lane is in use", |fake| {
+            fake.get(GPU).link("32.0 GT/s PCIe", 16).power("auto", "active", "D0").attr("current_link_width", "0\n");
+        }),
+        // The link of a device that sleeps may rest; and what has no lanes at all has no link.
+        ("", "", |fake| {
+            fake.get(GPU)
+                .link("32.0 GT/s PCIe", 16)
+                .power("auto", "suspended", "D3hot")
+                .attr("current_link_width", "0\n");
+        }),
+        ("", "", |fake| {
+            fake.get(GPU).link("Unknown", 0).power("auto", "active", "D0");
+        }),
     ];
     for (expected, words, breaks) in cases {
         let fake = one_gpu();
@@ -255,6 +268,23 @@ fn a_unit_stays_listed_until_its_function_leaves() {
     // Another model at the same address is another unit.
     fake.gpu(GPU, 0x2331).group(5);
     assert_eq!(look(&scheme, &fake, &both).len(), 1);
+}
+
+#[test]
+fn where_units_go_by_numbers_one_that_a_pod_has_by_its_address_keeps_that() {
+    let fake = one_gpu();
+    fake.gpu("0000:51:00.0", 0x2330).group(6).driver("vfio-pci").cdev(18);
+    let named = |given: &[(&str, &str)]| {
+        let mut seen = observe(&places(&fake)).unwrap();
+        seen.given = given.iter().map(|(resource, id)| ((*resource).to_owned(), (*id).to_owned())).collect();
+        ids(&units(&Policy { scheme: IdScheme::Iommu, ..policy() }, &seen, &[]))
+    };
+    let pgpu = "nvidia.com/pgpu";
+    assert_eq!(named(&[(pgpu, "18")]), ["nvidia.com/pgpu=17", "nvidia.com/pgpu=18"]);
+    assert_eq!(named(&[(pgpu, "18"), (pgpu, GPU)]), ["nvidia.com/pgpu=18", "nvidia.com/pgpu=0000:41:00.0"]);
+    // Given under both: one name must do.
+    assert_eq!(named(&[(pgpu, "17"), (pgpu, GPU)]), ["nvidia.com/pgpu=17", "nvidia.com/pgpu=18"]);
+    assert_eq!(named(&[("nvidia.com/other", GPU)]), ["nvidia.com/pgpu=17", "nvidia.com/pgpu=18"]);
 }
 
 #[test]

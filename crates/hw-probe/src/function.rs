@@ -80,6 +80,17 @@ impl PciFunction {
         self.kind == DeviceKind::Gpu
     }
 
+    /// Product name with the board's form, for people; its ids where it has no name.
+    pub fn product(&self) -> String {
+        let Self { name, vendor, device, model, .. } = self;
+        let name = name.clone().unwrap_or_else(|| format!("{vendor:04x}:{device:04x}"));
+        match model.as_ref().and_then(|model| model.form_factor) {
+            Some(FormFactor::Pcie) => name + " PCIe",
+            Some(FormFactor::Sxm) => name + " SXM",
+            None => name,
+        }
+    }
+
     /// Whether it is an NVSwitch.
     pub fn is_nvswitch(&self) -> bool {
         self.kind == DeviceKind::NvSwitch

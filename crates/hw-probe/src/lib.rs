@@ -15,6 +15,7 @@
 #![deny(unsafe_code)]
 
 pub mod acs;
+mod aer;
 mod bdf;
 mod condition;
 pub mod config;
@@ -38,6 +39,7 @@ mod table;
 pub mod testing;
 mod watch;
 
+pub use aer::AerCounts;
 pub use bdf::{Bdf, BdfError};
 pub use condition::{Condition, Fault};
 pub use details::{HostDetails, LockdownFinding, Module, ModuleState, Parameter, TeeEvidence};

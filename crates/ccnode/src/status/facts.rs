@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use node_object::{NodeState, annotations};
 use serde::Deserialize;
 
+use super::units::Units;
 use crate::agents::{self, Agent};
 use crate::cluster::{self, ClusterArgs, Named};
 
@@ -39,6 +40,10 @@ pub(super) struct Host {
     pub(super) bindings: Option<BindingsFile>,
     pub(super) holders: Holders,
     pub(super) manager: Manager,
+    /// What the kubelet is told.
+    pub(super) units: Units,
+    /// Whether a device plugin runs.
+    pub(super) plugin: Manager,
 }
 
 /// `devices.json` of this boot.
@@ -49,7 +54,7 @@ pub(super) enum Records {
     Unreadable(String),
 }
 
-/// Whether cc-manager runs.
+/// Whether an agent runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Manager {
     Runs(Agent),
@@ -57,6 +62,26 @@ pub(super) enum Manager {
     Gone,
     /// Not every process is seen.
     NotSeen,
+}
+
+impl Manager {
+    /// Looks for an agent under these names.
+    fn find(root: &Path, names: &[&str]) -> Self {
+        match agents::running(root, names) {
+            Some(agent) => Self::Runs(agent),
+            None if agents::sees_all(root) => Self::Gone,
+            None => Self::NotSeen,
+        }
+    }
+
+    /// What documents call it.
+    pub(super) fn word(&self) -> &'static str {
+        match self {
+            Self::Runs(_) => "runs",
+            Self::Gone => "gone",
+            Self::NotSeen => "not-seen",
+        }
+    }
 }
 
 /// What became of asking the API server.
@@ -192,11 +217,6 @@ impl Host {
             Ok(None) => Records::Absent,
             Err(why) => Records::Unreadable(why),
         };
-        let manager = match agents::running(path, agents::CC_MANAGER) {
-            Some(agent) => Manager::Runs(agent),
-            None if agents::sees_all(path) => Manager::Gone,
-            None => Manager::NotSeen,
-        };
         Self {
             parts,
             blind: inventory.doubts().next().map(|problem| format!("{}: {}", problem.path, problem.message)),
@@ -204,7 +224,9 @@ impl Host {
             // Without it nothing but the former drivers is unknown.
             bindings: load(path, boot_id.as_deref(), BindingsFile::load).ok().flatten(),
             holders: hw_probe::holders(root),
-            manager,
+            manager: Manager::find(path, agents::CC_MANAGER),
+            units: Units::read(path, boot_id.as_deref()),
+            plugin: Manager::find(path, agents::DEVICE_PLUGIN),
             boot_id,
         }
     }

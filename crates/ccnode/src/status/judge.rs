@@ -7,6 +7,7 @@ use node_object::{labels, operands};
 use serde::Serialize;
 
 use super::facts::{Answer, Facts, Host, Manager, NodeFacts, Records};
+use super::units;
 use crate::agents::is_name;
 use crate::mode::census;
 
@@ -410,6 +411,7 @@ pub(super) fn remarks(facts: &Facts, verdict: Verdict) -> Vec<String> {
             remarks
                 .push(format!("{}: Not offered: its driver is {driver}, and vfio-manager binds it to VFIO", part.bdf));
         }
+        remarks.extend(units::remarks(host));
     }
     let open = facts.node().and_then(|node| node.state.label(labels::CC_READY_STATE));
     if let Some(open) = open.filter(|open| !open.is_empty() && verdict != Verdict::Ready) {

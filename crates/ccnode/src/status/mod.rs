@@ -3,6 +3,7 @@
 mod facts;
 pub mod fleet;
 mod judge;
+mod units;
 
 use std::fmt::Write as _;
 use std::io::Write;
@@ -24,6 +25,7 @@ use judge::{Change, Judgement, age};
 
 pub(crate) use facts::says_boot;
 pub use judge::Verdict;
+pub(crate) use units::folder as units_folder;
 
 /// Flags of `ccnode status`.
 #[derive(Debug, clap::Args)]
@@ -59,6 +61,8 @@ struct Answers<'a> {
     node: NodeView<'a>,
     host: Option<HostView<'a>>,
     devices: &'a [Row],
+    /// What the kubelet is told; none from afar.
+    kubelet: Option<units::View<'a>>,
     remarks: &'a [String],
 }
 
@@ -137,10 +141,12 @@ fn human(facts: &Facts) -> String {
         cells.extend(rows.iter().map(|row| row.cells(facts.now)));
         text.push_str(&table::align(&cells));
     }
+    text.push_str(&facts.host.as_ref().map(units::table).unwrap_or_default());
     let mut lines: Vec<String> = rows.iter().filter_map(|row| Some(row.error.as_ref()?.message.clone())).collect();
     // The node's own error repeats those of the devices.
     let whole = facts.current_status().and_then(|status| status.error.as_ref()).filter(|_| lines.is_empty());
     lines.extend(whole.map(|error| error.message.clone()));
+    lines.extend(facts.host.iter().flat_map(units::errors));
     lines.extend(judge::remarks(facts, judgement.verdict).into_iter().map(|remark| format!("note: {remark}")));
     for line in lines {
         // A string takes any text.
@@ -164,6 +170,7 @@ fn as_json(facts: &Facts) -> anyhow::Result<String> {
         node: node_view(facts),
         host: facts.host.as_ref().map(host_view),
         devices: &rows,
+        kubelet: facts.host.as_ref().map(units::View::of),
         remarks: &remarks,
     };
     let mut text = serde_json::to_string_pretty(&answer).context("The answer cannot be put into JSON")?;
@@ -195,11 +202,7 @@ fn node_view(facts: &Facts) -> NodeView<'_> {
 }
 
 fn host_view(host: &Host) -> HostView<'_> {
-    let (cc_manager, cc_manager_pid) = match &host.manager {
-        Manager::Runs(agent) => ("runs", Some(agent.pid)),
-        Manager::Gone => ("gone", None),
-        Manager::NotSeen => ("not-seen", None),
-    };
+    let cc_manager_pid = if let Manager::Runs(agent) = &host.manager { Some(agent.pid) } else { None };
     let (records, records_at) = match &host.records {
         Records::Read(file) => ("read", Some(file.origin.written_at)),
         Records::Absent => ("absent", None),
@@ -207,7 +210,7 @@ fn host_view(host: &Host) -> HostView<'_> {
     };
     HostView {
         boot_id: host.boot_id.as_deref(),
-        cc_manager,
+        cc_manager: host.manager.word(),
         cc_manager_pid,
         records,
         records_at,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use agent_core::hostfile::HostDir;
 use agent_core::state::{
     BindingRecord, BindingsFile, CcStatus, DEVICES_FILE, DeviceRecord, DeviceStatus, DevicesFile, Identity, Origin,
-    Transition, state_dir,
+    Transition, UNITS_DIR, UNITS_FILE, UnitRecord, UnitsFile, state_dir,
 };
 use hw_probe::Inventory;
 use hw_probe::testing::FakeSysfs;
@@ -584,6 +584,128 @@ fn the_notes_tell_what_the_verdict_goes_without() {
     }
 }
 
+fn units_dir(scene: &Scene) -> HostDir {
+    let folder = kubelet_api::PLUGIN_DIR.trim_start_matches('/');
+    HostDir::open(scene.fake.path().join(folder).join(UNITS_DIR)).unwrap()
+}
+
+/// What the device plugin of the scene has told.
+fn units_file() -> UnitsFile {
+    let unit = |bdf: &str, node: &str| UnitRecord {
+        resource: "nvidia.com/pgpu".to_owned(),
+        id: bdf.to_owned(),
+        bdf: bdf.parse().unwrap(),
+        functions: vec![bdf.parse().unwrap()],
+        nodes: vec![node.to_owned()],
+        numa: vec![1],
+        healthy: true,
+        error: None,
+        pod: None,
+        remarks: Vec::new(),
+    };
+    let first = UnitRecord { pod: Some("ml/train-0".to_owned()), ..unit(A, "/dev/vfio/devices/vfio0") };
+    let message = format!("{B} does not answer: it is off the bus, or its link is down");
+    let second =
+        UnitRecord { healthy: false, error: Some(error("dead", &message)), ..unit(B, "/dev/vfio/devices/vfio1") };
+    UnitsFile {
+        origin: Origin { written_at: ago(60), ..Origin::now(BOOT, None) },
+        ids: "pci".to_owned(),
+        ids_reason: "no pod has a device under a number".to_owned(),
+        pods: "the kubelet's pod-resources service".to_owned(),
+        blind: None,
+        units: vec![first, second],
+    }
+}
+
+#[test]
+fn the_units_are_told_as_the_kubelet_was() {
+    let scene = Scene::new("on");
+    let mut file = units_file();
+    file.store(&units_dir(&scene)).unwrap();
+    let shown = human(&scene.facts());
+    let below: Vec<&str> = shown.lines().skip(4).collect();
+    assert_eq!(
+        below,
+        [
+            "",
+            "RESOURCE         ID            NODES                    NUMA  HEALTH   POD",
+            "nvidia.com/pgpu  0000:41:00.0  /dev/vfio/devices/vfio0  1     healthy  ml/train-0",
+            "nvidia.com/pgpu  0000:42:00.0  /dev/vfio/devices/vfio1  1     dead     -",
+            "nvidia.com/pgpu 0000:42:00.0: 0000:42:00.0 does not answer: it is off the bus, or its link is down",
+        ],
+        "{shown}"
+    );
+    file.ids = "iommu".to_owned();
+    file.ids_reason = "pod x has device 0".to_owned();
+    file.blind = Some("no hostPID".to_owned());
+    file.units[0].remarks.push("The link has 4 of 16 lanes".to_owned());
+    file.store(&units_dir(&scene)).unwrap();
+    let mut facts = scene.facts();
+    facts.host.as_mut().unwrap().plugin = Manager::Gone;
+    let shown = human(&facts);
+    for note in [
+        "device-plugin does not run here",
+        "0000:41:00.0: The link has 4 of 16 lanes",
+        "by numbers: pod x has device 0",
+        "in use: no hostPID",
+    ] {
+        assert!(shown.lines().any(|line| line.starts_with("note: ") && line.contains(note)), "{note}: {shown}");
+    }
+    let told: Value = serde_json::from_str(&as_json(&facts).unwrap()).unwrap();
+    let kubelet = &told["kubelet"];
+    assert_eq!(
+        (&kubelet["answer"], &kubelet["plugin"], &kubelet["ids"]),
+        (&json!("read"), &json!("gone"), &json!("iommu"))
+    );
+    assert_eq!(kubelet["units"][1]["error"]["code"], "dead");
+    assert_eq!(kubelet["units"][0]["pod"], "ml/train-0");
+}
+
+#[test]
+fn units_that_are_not_seen_are_said_to_be_so() {
+    let mut scene = Scene::new("on");
+    let notes = |scene: &Scene, plugin: Manager| {
+        let mut facts = scene.facts();
+        facts.host.as_mut().unwrap().plugin = plugin;
+        let text = human(&facts);
+        text.lines()
+            .filter_map(|line| line.strip_prefix("note: ").map(ToOwned::to_owned))
+            .collect::<Vec<_>>()
+            .join("; ")
+    };
+    let runs = || Manager::Runs(Agent { pid: 9, name: "nvidia-sandbox-".to_owned() });
+    assert_eq!(notes(&scene, Manager::NotSeen), "");
+    assert!(notes(&scene, runs()).contains("nvidia-sandbox- (pid 9) tells the kubelet is not to be seen"));
+    // Of another boot, or no file of ours.
+    let other = UnitsFile { origin: Origin::now("earlier", None), ..units_file() };
+    other.store(&units_dir(&scene)).unwrap();
+    assert!(notes(&scene, runs()).contains("is not to be seen"));
+    let hostile = "{\"schema\":1,\"bootId\":\"11111111-2222-4333-8444-555555555555\",\"writtenAt\":\"\u{1b}\"}";
+    units_dir(&scene).write_atomic(UNITS_FILE, hostile.as_bytes(), 0o644).unwrap();
+    assert!(notes(&scene, runs()).contains("cannot be read"));
+    scene.remote = true;
+    assert!(!human(&scene.facts()).contains("cannot be read"));
+}
+
+#[test]
+fn no_text_of_the_units_does_harm() {
+    let scene = Scene::new("on");
+    let hostile = "\u{1b}]0;x\u{7}\r\n\u{0}; rm -rf /\n".repeat(3);
+    let mut file = units_file();
+    for unit in &mut file.units {
+        (unit.resource, unit.id, unit.pod) = (hostile.clone(), hostile.clone(), Some(hostile.clone()));
+        (unit.nodes, unit.remarks) = (vec![hostile.clone()], vec![hostile.clone()]);
+        unit.error = Some(error(&hostile, &hostile));
+    }
+    (file.ids_reason, file.pods, file.blind) = (hostile.clone(), hostile.clone(), Some(hostile.clone()));
+    file.ids = "iommu".to_owned();
+    file.store(&units_dir(&scene)).unwrap();
+    let facts = scene.facts();
+    for text in [human(&facts), as_json(&facts).unwrap()] {
+        assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
+    }
+}
+
 /// Every field of the document, and no other.
 #[test]
 fn the_document_has_these_fields() {
@@ -632,6 +754,10 @@ fn the_document_has_these_fields() {
                 "records_at": "2026-05-04T09:00:00Z", "holders_limit": facts.host.as_ref().unwrap().holders.limit,
             },
             "devices": [device(A, "nvidia".into(), holders), device(B, Value::Null, json!([]))],
+            "kubelet": {
+                "answer": "absent", "trouble": null, "plugin": "not-seen", "written_at": null, "ids": null, "ids_reason": null,
+                "pods": null, "blind": null, "units": [],
+            },
             "remarks": ["Label nvidia.com/cc.ready.state says \"false\" meanwhile: pods come here by it"],
         })
     );

@@ -9,7 +9,7 @@ use std::time::Duration;
 use agent_core::metrics::Metrics;
 use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
-use device_plugin::controller::{Config, ControllerError, run};
+use device_plugin::controller::{Config, ControllerError, Looks, run};
 use device_plugin::observe::Places;
 use device_plugin::server::Manner;
 use device_plugin::units::{BackendChoice, CcGate, IdScheme, Policy};
@@ -106,6 +106,7 @@ impl World {
             cdi_static_dir: self.fake.path().join("etc/cdi"),
             plugin_dir: self.plugins(),
             poll: Duration::from_millis(50),
+            looks: Looks::default(),
         }
     }
 
