@@ -191,6 +191,19 @@ impl Machine {
         Ok(devices.filter(|devices| devices.resource_name == resource).flat_map(|devices| devices.device_ids).collect())
     }
 
+    /// Waits until a pod's container holds just these: a kubelet that has just started tells of no pod for a while.
+    async fn holds(&self, pod: &str, resource: &str, ids: &BTreeSet<String>) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let held = self.held(pod, resource).await?;
+            if held == *ids {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{pod} holds {held:?}, not {ids:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
     async fn stop(&self) -> Result<()> {
         match &self.stand_in {
             Some((kubelet, _)) => Ok(kubelet.stop().await?),
@@ -536,7 +549,7 @@ fn the_device_plugin_offers_gpus_to_a_real_kubelet_and_pods_keep_them() -> Resul
         machine.stop().await?;
         machine.start().await?;
         machine.offers(R, "4", "4").await.with_context(log)?;
-        ensure!(machine.held(&pod, R).await? == held, "the pod has lost its GPUs to a restart of the kubelet");
+        machine.holds(&pod, R, &held).await.context("the pod has lost its GPUs to a restart of the kubelet")?;
 
         // A GPU that leaves its driver is offered no more.
         let free = *gpus.iter().find(|bdf| !held.contains(**bdf)).context("none is free")?;
