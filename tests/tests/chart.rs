@@ -673,14 +673,16 @@ fn registered(crate_name: &str) -> Result<BTreeSet<String>> {
         let field = call.rsplit_once(".clone()").and_then(|(before, _)| before.rsplit('.').next());
         let field = field.with_context(|| format!("which field is {name}?"))?;
         let mut lines = text.lines().map(str::trim);
-        let kind =
-            lines.find_map(|line| line.strip_prefix("pub ").unwrap_or(line).strip_prefix(field)?.strip_prefix(": "));
+        // A label may be called as a series is.
+        let is_series = |kind: &&str| ["Histogram", "Counter", "Gauge"].iter().any(|series| kind.contains(series));
+        let kind = lines.find_map(|line| {
+            line.strip_prefix("pub ").unwrap_or(line).strip_prefix(field)?.strip_prefix(": ").filter(is_series)
+        });
         let kind = kind.with_context(|| format!("of what type is {field}?"))?;
         let endings: &[&str] = match kind {
             _ if kind.contains("Histogram") => &["_bucket", "_sum", "_count"],
             _ if kind.contains("Counter") => &["_total"],
-            _ if kind.contains("Gauge") => &[""],
-            _ => anyhow::bail!("{field} is of type {kind}"),
+            _ => &[""],
         };
         found.extend(endings.iter().map(|ending| format!("ccnode_{name}{ending}")));
     }

@@ -1,7 +1,7 @@
 //! The device plugin with nothing but what it needs.
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, PGPU, STEP, gpu_bdfs, node_with};
+use e2e::{CHANGE, PGPU, STEP, await_that, gpu_bdfs, node_with};
 use lab::Boot;
 use lab::node::CC_MODE;
 use lab_vm::Add;
@@ -61,7 +61,10 @@ fn the_device_plugin_works_without_capabilities_on_a_read_only_root_without_devi
     let gpu = gpu_bdfs(&node)?.pop_first().context("there is no GPU")?;
     node.guest.shell(&format!("echo {gpu} > /sys/bus/pci/drivers/vfio-pci/unbind"), STEP)?;
     node.await_allocatable(PGPU, 1, STEP)?;
-    let cdi = String::from_utf8(node.guest.get_file("/var/run/cdi/nvidia.com-pgpu.yaml")?)?;
-    ensure!(cdi.matches("- name:").count() == 1, "{cdi}");
+    // The file keeps it until the kubelet has heard.
+    await_that("the CDI file has one GPU", &node, || {
+        let cdi = String::from_utf8(node.guest.get_file("/var/run/cdi/nvidia.com-pgpu.yaml")?)?;
+        Ok(cdi.matches("- name:").count() == 1)
+    })?;
     node.stop_agent("lab-confine", Signal::SIGTERM)
 }

@@ -118,7 +118,7 @@ fn write(source: &Source, output: &Path) -> anyhow::Result<usize> {
         left_out,
     };
     let answer = Answer::of(&facts);
-    let Facts { report, get, has_node_files, exchanged: _ } = facts;
+    let Facts { report, get, has_node_files, exchanged } = facts;
     let live = Live {
         lockdown: report.host_details.lockdown.clone(),
         holders: report.holders.clone(),
@@ -127,6 +127,7 @@ fn write(source: &Source, output: &Path) -> anyhow::Result<usize> {
         get,
         problems: report.problems.clone(),
         config_unreadable,
+        exchanged: Some(exchanged),
     };
     files.insert(PROBE.into(), json(&report)?);
     files.insert(DOCTOR.into(), json(&answer)?);

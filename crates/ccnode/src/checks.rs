@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use agent_core::hostfile::HostDir;
-use agent_core::state::{BindingsFile, DEVICES_FILE, DevicesFile, STATE_DIR, StateError, state_dir};
+use agent_core::state::{BindingsFile, DEVICES_FILE, DevicesFile, STATE_DIR, StateError, Transition, state_dir};
 use agent_core::text::chain;
 use hw_probe::acs::Acs;
 use hw_probe::{
     Architecture, CcEnable, Fault, Holder, IommuState, Lockdown, ModuleState, PciFunction, Problem, SysRoot, Tee,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::node::Socket;
 use crate::pod_resources::{Get, get};
@@ -33,11 +33,12 @@ pub struct Facts {
 }
 
 /// The files that cc-manager and vfio-manager write for each other, and when they were read.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Exchanged {
     /// Whether there are any, or why they cannot be used.
-    found: Result<bool, String>,
-    devices: Option<DevicesFile>,
+    pub(crate) found: Result<bool, String>,
+    /// The change of modes under way, and when cc-manager last wrote of it.
+    under_way: Option<(Transition, jiff::Timestamp)>,
     now: jiff::Timestamp,
 }
 
@@ -60,7 +61,8 @@ impl Exchanged {
             Ok((found, devices)) => (Ok(found), devices),
             Err(error) => (Err(chain(&error)), None),
         };
-        Self { found, devices, now: jiff::Timestamp::now() }
+        let under_way = devices.and_then(|file| Some((file.transition?, file.origin.written_at)));
+        Self { found, under_way, now: jiff::Timestamp::now() }
     }
 }
 
@@ -68,10 +70,11 @@ impl Facts {
     /// Reads the node; asks the kubelet if its socket is there.
     pub fn read(source: &Source) -> Self {
         let (report, root) = (source.report(&Ask::default()), source.root());
-        let exchanged = Exchanged::read(root, &report);
         if let Some(live) = source.live() {
+            let exchanged = live.exchanged.clone().unwrap_or_else(|| Exchanged::read(root, &report));
             return Self { report, get: live.get.clone(), has_node_files: live.has_node_files, exchanged };
         }
+        let exchanged = Exchanged::read(root, &report);
         let socket = &report.node.kubelet.pod_resources_socket;
         let get = if socket.present {
             get(&root.join(socket.path.trim_start_matches('/')))
@@ -670,7 +673,7 @@ fn gpu_driver(facts: &Facts) -> Verdict {
 const LONG_CHANGE: jiff::SignedDuration = jiff::SignedDuration::from_mins(10);
 
 fn exchanged_files(facts: &Facts) -> Verdict {
-    let Exchanged { found, devices, now } = &facts.exchanged;
+    let Exchanged { found, under_way, now } = &facts.exchanged;
     match found {
         Err(trouble) => {
             return failed(
@@ -683,13 +686,12 @@ fn exchanged_files(facts: &Facts) -> Verdict {
         Ok(false) => return not_applicable(format!("There are none of this boot in {STATE_DIR}")),
         Ok(true) => {}
     }
-    let under_way = devices.as_ref().and_then(|file| Some((file.transition.as_ref()?, file.origin.written_at)));
     let Some((change, written_at)) = under_way else { return ok("No change of modes is under way") };
     let evidence = format!(
         "{DEVICES_FILE}: Changing the mode to {} (at {}, since {}), last written {written_at}",
         change.target, change.step, change.started_at
     );
-    if now.duration_since(written_at) < LONG_CHANGE {
+    if now.duration_since(*written_at) < LONG_CHANGE {
         return ok(evidence);
     }
     warning(

@@ -99,7 +99,7 @@ impl Redactor {
     /// The facts as a bundle may tell them.
     #[must_use]
     pub fn facts(&self, facts: Facts) -> Facts {
-        let Facts { mut report, get, has_node_files, exchanged } = facts;
+        let Facts { mut report, get, has_node_files, mut exchanged } = facts;
         report.host.boot_id = None;
         self.each(&mut report.host_details.command_line);
         self.one(&mut report.host_details.lockdown.evidence);
@@ -128,6 +128,7 @@ impl Redactor {
             Get::Fails { message } => Get::Fails { message: self.text(&message) },
             Get::NotAsked { cause } => Get::NotAsked { cause: self.text(&cause) },
         };
+        exchanged.found = exchanged.found.map_err(|trouble| self.text(&trouble));
         Facts { report, get, has_node_files, exchanged }
     }
 

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 use crate::archive;
 use crate::bundle::{LIVE, MANIFEST, Manifest, TREE};
+use crate::checks::Exchanged;
 use crate::node::NodeFiles;
 use crate::pod_resources::Get;
 use crate::report::{Ask, Report};
@@ -33,6 +34,9 @@ pub struct Live {
     pub problems: Vec<Problem>,
     /// Functions whose configuration space could not be read, and why.
     pub config_unreadable: BTreeMap<Bdf, String>,
+    /// What the agents had written for each other; older bundles do not tell.
+    #[serde(default)]
+    pub exchanged: Option<Exchanged>,
 }
 
 /// What `--root` names.
