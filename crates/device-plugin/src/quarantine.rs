@@ -62,10 +62,10 @@ impl Quarantine {
         self.sleepers.extend(sleeping.map(|function| (function.bdf, function.instance)));
     }
 
-    /// Whether it matters who holds VFIO's nodes: some unit without a pod is not plainly asleep.
+    /// Whether it matters who holds VFIO's nodes: some unit has no pod. A device that sleeps may be held by its group file all
+    /// the same, which wakes nothing.
     pub fn asks(units: &[Unit], pods: &Pods, inventory: &Inventory) -> bool {
-        let awake = |unit: &Unit| functions(unit, inventory).any(|function| !is_suspended(function));
-        pods.are_known() && units.iter().any(|unit| pods.of(unit, inventory).is_none() && awake(unit))
+        pods.are_known() && units.iter().any(|unit| pods.of(unit, inventory).is_none())
     }
 
     /// Takes new facts: who has the devices by the kubelet, and who holds them by `/proc` where that was looked at. Whether
@@ -247,10 +247,12 @@ mod tests {
             (5, AWAKE, None, Some(&["/dev/vfio/5"]), true),
             (10, AWAKE, None, Some(&["/dev/vfio/5"]), true),
             (5, AWAKE, Some("ns/b"), Some(&["/dev/vfio/5"]), true),
+            (5, ASLEEP, None, Some(&["/dev/vfio/5"]), true),
+            (10, ASLEEP, None, Some(&["/dev/vfio/5"]), true),
         ]);
         let held = "0000:41:00.0 is held by pid 7 (qemu) of pod uid, though the kubelet has given it to no pod";
         let is_held: Vec<bool> = seen.iter().map(|text| text.starts_with(held)).collect();
-        assert_eq!(is_held, [false, false, false, false, true, false, false, true, false], "{seen:?}");
+        assert_eq!(is_held, [false, false, false, false, true, false, false, true, false, false, true], "{seen:?}");
         assert!(seen.iter().zip(is_held).all(|(text, is_held)| is_held || text == "-"), "{seen:?}");
     }
 
@@ -297,6 +299,6 @@ mod tests {
         assert!(!asks(std::slice::from_ref(&given)), "a pod has it");
         assert!(!Quarantine::asks(&units, &Pods::Unknown("?".into()), &Inventory::scan(&fake.root())));
         let _ = fake.get(GPU).power("auto", "suspended", "D3hot");
-        assert!(!asks(&[]), "it sleeps");
+        assert!(asks(&[]), "its group may be held while it sleeps");
     }
 }
