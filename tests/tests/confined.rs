@@ -1,6 +1,6 @@
 //! The device plugin with nothing but what it needs.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use e2e::{CHANGE, PGPU, STEP, await_that, gpu_bdfs, node_with};
 use lab::Boot;
 use lab::node::CC_MODE;

@@ -106,7 +106,8 @@ impl Source {
 
 impl Live {
     fn lay_over(&self, report: &mut Report) {
-        let Self { lockdown, holders, node, has_node_files: _, get: _, problems, config_unreadable } = self;
+        let Self { lockdown, holders, node, has_node_files: _, get: _, problems, config_unreadable, exchanged: _ } =
+            self;
         report.host_details.lockdown.clone_from(lockdown);
         report.holders.clone_from(holders);
         report.node.clone_from(node);
