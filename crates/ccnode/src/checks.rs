@@ -32,14 +32,22 @@ pub struct Facts {
     pub exchanged: Exchanged,
 }
 
-/// The files that cc-manager and vfio-manager write for each other, and when they were read.
+/// What the files that cc-manager and vfio-manager write for each other say.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Exchanged {
     /// Whether there are any, or why they cannot be used.
     pub(crate) found: Result<bool, String>,
-    /// The change of modes under way, and when cc-manager last wrote of it.
-    under_way: Option<(Transition, jiff::Timestamp)>,
-    now: jiff::Timestamp,
+    under_way: Option<UnderWay>,
+}
+
+/// A change of modes under way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct UnderWay {
+    change: Transition,
+    /// When cc-manager last wrote of it.
+    written_at: jiff::Timestamp,
+    /// Whether that was long ago when it was read.
+    is_forgotten: bool,
 }
 
 impl Exchanged {
@@ -61,8 +69,12 @@ impl Exchanged {
             Ok((found, devices)) => (Ok(found), devices),
             Err(error) => (Err(chain(&error)), None),
         };
-        let under_way = devices.and_then(|file| Some((file.transition?, file.origin.written_at)));
-        Self { found, under_way, now: jiff::Timestamp::now() }
+        let under_way = devices.and_then(|file| {
+            let written_at = file.origin.written_at;
+            let is_forgotten = jiff::Timestamp::now().duration_since(written_at) >= LONG_CHANGE;
+            Some(UnderWay { change: file.transition?, written_at, is_forgotten })
+        });
+        Self { found, under_way }
     }
 }
 
@@ -673,7 +685,7 @@ fn gpu_driver(facts: &Facts) -> Verdict {
 const LONG_CHANGE: jiff::SignedDuration = jiff::SignedDuration::from_mins(10);
 
 fn exchanged_files(facts: &Facts) -> Verdict {
-    let Exchanged { found, under_way, now } = &facts.exchanged;
+    let Exchanged { found, under_way } = &facts.exchanged;
     match found {
         Err(trouble) => {
             return failed(
@@ -686,12 +698,14 @@ fn exchanged_files(facts: &Facts) -> Verdict {
         Ok(false) => return not_applicable(format!("There are none of this boot in {STATE_DIR}")),
         Ok(true) => {}
     }
-    let Some((change, written_at)) = under_way else { return ok("No change of modes is under way") };
+    let Some(UnderWay { change, written_at, is_forgotten }) = under_way else {
+        return ok("No change of modes is under way");
+    };
     let evidence = format!(
         "{DEVICES_FILE}: Changing the mode to {} (at {}, since {}), last written {written_at}",
         change.target, change.step, change.started_at
     );
-    if now.duration_since(*written_at) < LONG_CHANGE {
+    if !is_forgotten {
         return ok(evidence);
     }
     warning(
