@@ -535,7 +535,7 @@ fn the_device_plugin_offers_gpus_to_a_real_kubelet_and_pods_keep_them() -> Resul
         let (fake, place) = (FakeSysfs::new(), tempfile::tempdir()?);
         let gpus = ["0000:41:00.0", "0000:42:00.0", "0000:81:00.0", "0000:82:00.0"];
         for ((bdf, group), numa) in gpus.into_iter().zip(11..).zip([0, 0, 1, 1]) {
-            fake.gpu(bdf, 0x2330).group(group).driver("vfio-pci").numa(numa);
+            fake.gpu(bdf, 0x2330).group(group).driver_override("vfio-pci").driver("vfio-pci").numa(numa);
         }
         real_kube::make_vfio_nodes(11..15)?;
         let mut agent = Agent::start(&program, &fake, place.path(), &machine.folder)?;
