@@ -308,7 +308,7 @@ impl Cache {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             let ours = ["derived", "logs", "work"].contains(&&*name)
-                || ["busybox-", "kernel-", "qemu-"].iter().any(|prefix| name.starts_with(prefix));
+                || ["busybox-", "kernel-", "qemu-", "real-kube-"].iter().any(|prefix| name.starts_with(prefix));
             if ours && entry.path().is_dir() {
                 fs::remove_dir_all(entry.path()).map_err(file_error("remove", &entry.path()))?;
             }
@@ -719,6 +719,7 @@ mod tests {
         let cache = Cache::at(folder.path().join("cache"));
         cache.clear().unwrap();
         entry(&cache, "busybox-aa-1", "1");
+        entry(&cache, "real-kube-1-v1.20.2", "1");
         fs::write(cache.path().join("kernel-notes.txt"), "mine").unwrap();
         cache.clear().unwrap();
         let left: Vec<_> = fs::read_dir(cache.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
