@@ -16,7 +16,7 @@ pub struct ClusterArgs {
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     pub node: Option<String>,
     /// Kubeconfig file; a pod's service account comes first.
-    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
+    #[arg(long, value_name = "FILE", env = "KUBECONFIG", value_parser = agent_core::text::path)]
     pub kubeconfig: Option<PathBuf>,
     /// Ask no API server.
     #[arg(long)]

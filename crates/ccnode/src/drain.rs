@@ -24,7 +24,7 @@ pub struct DrainArgs {
     #[arg(long, value_name = "SECONDS")]
     pub grace_period: Option<u32>,
     /// Kubeconfig file; a pod's service account comes first.
-    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
+    #[arg(long, value_name = "FILE", env = "KUBECONFIG", value_parser = agent_core::text::path)]
     pub kubeconfig: Option<PathBuf>,
 }
 

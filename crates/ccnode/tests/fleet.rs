@@ -114,3 +114,11 @@ fn who_may_not_list_nodes_is_told_so() {
     assert_eq!((code, out.as_str()), (2, ""));
     assert!(notes.contains("your role needs list on nodes"), "{notes}");
 }
+
+#[test]
+fn an_empty_kubeconfig_is_none_to_every_command_that_takes_one() {
+    for words in [&["fleet"][..], &["status"], &["cleanup"], &["drain-holders", "gpu-7"]] {
+        let words = [&["ccnode"], words, &["--kubeconfig="]].concat();
+        assert!(Args::try_parse_from(&words).is_ok(), "{words:?}");
+    }
+}

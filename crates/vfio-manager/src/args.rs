@@ -56,7 +56,7 @@ pub struct DriverManagerArgs {
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
     /// Kubeconfig where there is no service account.
-    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE", value_parser = agent_core::text::path)]
     pub kubeconfig: Option<PathBuf>,
 }
 

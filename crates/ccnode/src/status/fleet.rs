@@ -24,7 +24,7 @@ pub struct FleetArgs {
     #[arg(long, env = "CCNODE_JSON")]
     pub json: bool,
     /// Kubeconfig file; a pod's service account comes first.
-    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
+    #[arg(long, value_name = "FILE", env = "KUBECONFIG", value_parser = agent_core::text::path)]
     pub kubeconfig: Option<PathBuf>,
 }
 
