@@ -1,7 +1,14 @@
 //! What the plugin tells is true: the whole agent on a fake sysfs against the lab's kubelet, with its book of allocations and
 //! its pod-resources service.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests fail the test that calls them")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests fail the test that calls them"
+)]
+
+mod common;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,12 +19,11 @@ use agent_core::metrics::Metrics;
 use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::{UNITS_DIR, UnitRecord, UnitsFile};
+use common::{PGPU, config};
 use device_plugin::controller::{Config, ControllerError, Looks, run};
 use device_plugin::features::FeatureFile;
 use device_plugin::health::FlapRule;
-use device_plugin::observe::Places;
-use device_plugin::server::Manner;
-use device_plugin::units::{BackendChoice, CcGate, IdScheme, Policy};
+use device_plugin::units::IdScheme;
 use hw_probe::Inventory;
 use hw_probe::testing::FakeSysfs;
 use lab_kube::kubelet::{self, Container, Kubelet, Pod};
@@ -26,7 +32,6 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-const PGPU: &str = "nvidia.com/pgpu";
 const FIRST: &str = "0000:41:00.0";
 const SECOND: &str = "0000:c1:00.0";
 
@@ -73,22 +78,8 @@ impl Node {
     }
 
     fn start(&self, scheme: IdScheme, looks: Looks) -> Plugin {
-        let config = Config {
-            places: Places { root: self.fake.root(), state_dir: self.fake.path().join("state") },
-            policy: Policy {
-                gpu: "pgpu".parse().unwrap(),
-                nvswitch: "nvswitch".parse().unwrap(),
-                scheme,
-                backend: BackendChoice::Auto,
-                gate: CcGate::Off,
-            },
-            manner: Manner::default(),
-            cdi_dir: self.fake.path().join("var/run/cdi"),
-            cdi_static_dir: self.fake.path().join("etc/cdi"),
-            plugin_dir: self.plugin_dir(),
-            poll: Duration::from_millis(50),
-            looks,
-        };
+        let state_dir = self.fake.path().join("state");
+        let config = Config { looks, ..config(&self.fake, state_dir, self.plugin_dir(), scheme) };
         let (shutdown, metrics) = (Shutdown::manual(), Metrics::new());
         let (stop, counted) = (shutdown.clone(), metrics.clone());
         let task = tokio::spawn(async move { run(config, stop, Registry::default(), &counted).await });

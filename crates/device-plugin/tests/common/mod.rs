@@ -62,6 +62,26 @@ impl Agent {
     }
 }
 
+/// What a plugin on this node runs with, and a look every 50 ms.
+pub(crate) fn config(fake: &FakeSysfs, state_dir: PathBuf, plugin_dir: PathBuf, scheme: IdScheme) -> Config {
+    Config {
+        places: Places { root: fake.root(), state_dir },
+        policy: Policy {
+            gpu: "pgpu".parse().unwrap(),
+            nvswitch: "nvswitch".parse().unwrap(),
+            scheme,
+            backend: BackendChoice::Auto,
+            gate: CcGate::Off,
+        },
+        manner: Manner::default(),
+        cdi_dir: fake.path().join("var/run/cdi"),
+        cdi_static_dir: fake.path().join("etc/cdi"),
+        plugin_dir,
+        poll: Duration::from_millis(50),
+        looks: Looks::default(),
+    }
+}
+
 impl World {
     /// A node with so many GPUs on vfio-pci, two a NUMA node, and a running kubelet.
     pub(crate) async fn new(gpus: u32) -> Self {
@@ -92,22 +112,7 @@ impl World {
     }
 
     pub(crate) fn config(&self, scheme: IdScheme) -> Config {
-        Config {
-            places: Places { root: self.fake.root(), state_dir: self.state_dir() },
-            policy: Policy {
-                gpu: "pgpu".parse().unwrap(),
-                nvswitch: "nvswitch".parse().unwrap(),
-                scheme,
-                backend: BackendChoice::Auto,
-                gate: CcGate::Off,
-            },
-            manner: Manner::default(),
-            cdi_dir: self.cdi_dir(),
-            cdi_static_dir: self.fake.path().join("etc/cdi"),
-            plugin_dir: self.plugins(),
-            poll: Duration::from_millis(50),
-            looks: Looks::default(),
-        }
+        config(&self.fake, self.state_dir(), self.plugins(), scheme)
     }
 
     pub(crate) fn start(&self, config: Config) -> Agent {
