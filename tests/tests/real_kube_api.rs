@@ -5,35 +5,18 @@
 
 mod real_kube;
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use futures::future::{LocalBoxFuture, join_all};
+use futures::future::join_all;
 use http::Method;
 use lab_kube::api_server::{ApiServerConfig, Rule};
+use real_kube::contract::{Entry, FIRST, entry, holds};
 use real_kube::{Answer, Api, Cluster, JSON, MERGE, STRATEGIC, run};
 use serde_json::{Value, json};
 
-/// One thing that is so in every API server from a version on.
-struct Entry {
-    what: &'static str,
-    /// The second number of the first version of Kubernetes 1 that does it.
-    since: u32,
-    check: for<'a> fn(&'a Cluster) -> LocalBoxFuture<'a, Result<()>>,
-}
-
-/// The oldest version that any of it was seen on.
-const FIRST: u32 = 20;
-
-macro_rules! entry {
-    ($since:expr, $check:ident) => {
-        Entry { what: stringify!($check), since: $since, check: |cluster| Box::pin($check(cluster)) }
-    };
-}
-
 /// The contract.
-const CONTRACT: &[Entry] = &[
+const CONTRACT: &[Entry<Cluster>] = &[
     entry!(FIRST, what_is_not_there_is_not_found),
     entry!(FIRST, metadata_alone_can_be_asked_for),
     entry!(FIRST, a_list_by_name_has_one_node_and_a_version_to_watch_from),
@@ -684,25 +667,7 @@ async fn evictions_are_of_policy_v1(cluster: &Cluster) -> Result<()> {
 // -- the list against both ---------------------------------------------------------------------------------------------
 
 async fn all(cluster: Cluster) -> Result<()> {
-    let mut failures = Vec::new();
-    let names: BTreeSet<_> = CONTRACT.iter().map(|entry| entry.what).collect();
-    ensure!(names.len() == CONTRACT.len(), "an entry stands twice in the list");
-    for entry in CONTRACT {
-        let what = format!("from 1.{}: {}", entry.since, entry.what.replace('_', " "));
-        if cluster.minor < entry.since {
-            println!("NOT HERE, which is 1.{}: {what}; against the stand-in alone", cluster.minor);
-            continue;
-        }
-        match (entry.check)(&cluster).await {
-            Ok(()) => println!("holds {what}"),
-            Err(error) => {
-                println!("FAILS {what}: {error:#}");
-                failures.push(format!("{what}: {error:#}"));
-            }
-        }
-    }
-    ensure!(failures.is_empty(), "{} of {}: {failures:#?}", failures.len(), CONTRACT.len());
-    Ok(())
+    holds(CONTRACT, &cluster, cluster.minor).await
 }
 
 #[test]

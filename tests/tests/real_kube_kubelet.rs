@@ -13,36 +13,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use futures::future::LocalBoxFuture;
 use hw_probe::testing::FakeSysfs;
 use kubelet_api::pod_resources as pr;
 use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerClient;
 use lab_kube::api_server::{ApiServerConfig, Rule};
 use lab_kube::kubelet::{Config, Kubelet};
+use real_kube::contract::{Entry, FIRST, entry, holds};
 use real_kube::toy::{Toy, register};
 use real_kube::{Cluster, IMAGE, NODE, PATIENCE, kubelet_folder, run, script};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-/// One thing that is so in every kubelet from a version on.
-struct Entry {
-    what: &'static str,
-    /// The second number of the first version of Kubernetes 1 that does it.
-    since: u32,
-    check: for<'a> fn(&'a Machine) -> LocalBoxFuture<'a, Result<()>>,
-}
-
-/// The oldest version that any of it was seen on.
-const FIRST: u32 = 20;
-
-macro_rules! entry {
-    ($since:expr, $check:ident) => {
-        Entry { what: stringify!($check), since: $since, check: |machine| Box::pin($check(machine)) }
-    };
-}
-
 /// The contract.
-const CONTRACT: &[Entry] = &[
+const CONTRACT: &[Entry<Machine>] = &[
     entry!(FIRST, another_version_and_bad_names_are_refused),
     entry!(FIRST, a_plugin_is_dialled_back_and_its_devices_are_offered),
     entry!(FIRST, sick_devices_are_counted_and_not_offered),
@@ -459,25 +442,9 @@ async fn a_pods_status_names_its_devices_and_their_health(machine: &Machine) -> 
 }
 
 async fn all(machine: Machine) -> Result<()> {
-    let mut failures = Vec::new();
     // The stand-in follows the newest kubelet whose behaviour was recorded, whatever its API server says.
     let minor = if machine.stand_in.is_some() { u32::MAX } else { machine.cluster.minor };
-    for entry in CONTRACT {
-        let what = format!("from 1.{}: {}", entry.since, entry.what.replace('_', " "));
-        if minor < entry.since {
-            println!("NOT HERE, which is 1.{minor}: {what}; against the stand-in alone");
-            continue;
-        }
-        match (entry.check)(&machine).await {
-            Ok(()) => println!("holds {what}"),
-            Err(error) => {
-                println!("FAILS {what}: {error:#}");
-                failures.push(format!("{what}: {error:#}"));
-            }
-        }
-    }
-    ensure!(failures.is_empty(), "{} of {}: {failures:#?}", failures.len(), CONTRACT.len());
-    Ok(())
+    holds(CONTRACT, &machine, minor).await
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each of the test files uses its own part of this")]
 
+#[allow(unused_macros, unused_imports, reason = "not every file of tests has a contract")]
+pub(crate) mod contract;
 pub(crate) mod toy;
 
 use std::collections::BTreeMap;

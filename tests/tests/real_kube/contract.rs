@@ -1,0 +1,52 @@
+//! A contract: things that are so in every server of a kind from a version of Kubernetes on, each asked of it in turn.
+
+use anyhow::{Result, ensure};
+use futures::future::LocalBoxFuture;
+
+/// The oldest version that any of it was seen on.
+pub(crate) const FIRST: u32 = 20;
+
+/// One thing that is so from a version on.
+pub(crate) struct Entry<T> {
+    pub(crate) what: &'static str,
+    /// The second number of the first version of Kubernetes 1 that does it.
+    pub(crate) since: u32,
+    pub(crate) check: for<'a> fn(&'a T) -> LocalBoxFuture<'a, Result<()>>,
+}
+
+macro_rules! entry {
+    ($since:expr, $check:ident) => {
+        crate::real_kube::contract::Entry {
+            what: stringify!($check),
+            since: $since,
+            check: |asked| Box::pin($check(asked)),
+        }
+    };
+}
+
+pub(crate) use entry;
+
+/// Asks all of it of one that is of version 1.`minor`.
+pub(crate) async fn holds<T>(contract: &[Entry<T>], asked: &T, minor: u32) -> Result<()> {
+    let mut names: Vec<&str> = contract.iter().map(|entry| entry.what).collect();
+    names.sort_unstable();
+    names.dedup();
+    ensure!(names.len() == contract.len(), "an entry stands twice in the list");
+    let mut failures = Vec::new();
+    for entry in contract {
+        let what = format!("from 1.{}: {}", entry.since, entry.what.replace('_', " "));
+        if minor < entry.since {
+            println!("NOT HERE, which is 1.{minor}: {what}; against the stand-in alone");
+            continue;
+        }
+        match (entry.check)(asked).await {
+            Ok(()) => println!("holds {what}"),
+            Err(error) => {
+                println!("FAILS {what}: {error:#}");
+                failures.push(format!("{what}: {error:#}"));
+            }
+        }
+    }
+    ensure!(failures.is_empty(), "{} of {}: {failures:#?}", failures.len(), contract.len());
+    Ok(())
+}
