@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests, which have failed when these do")]
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -667,14 +667,50 @@ impl PodResourcesLister for FakeKubelet {
     }
 }
 
+impl FakeKubelet {
+    fn serve(&self, socket: &Path) {
+        let listener = kubelet_api::socket::listen(socket).unwrap();
+        let router = tonic::transport::Server::builder().add_service(PodResourcesListerServer::new(self.clone()));
+        tokio::spawn(kubelet_api::socket::serve(router, listener, std::future::pending()));
+    }
+}
+
+#[tokio::test]
+async fn a_pod_that_was_admitted_before_a_change_and_starts_after_it_is_told_of() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    let kubelet = FakeKubelet::default();
+    let socket = world.here.path().join("kubelet.sock");
+    kubelet.serve(&socket);
+    let agent = world.start_as(|settings| settings.pod_resources = socket);
+    world.until_state("on", "true").await;
+    let told = |world: &World| {
+        let events = world.api.events().into_iter();
+        events.filter(|(reason, _)| reason == "PodAdmittedBeforeChange").map(|(_, note)| note).collect::<Vec<_>>()
+    };
+    assert!(told(&world).is_empty());
+
+    // The kubelet admitted it while the plugin was withdrawing: known to nobody until the devices are owned.
+    world.firmware.hold(true);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("begun", || world.firmware.calls().len() == 2).await;
+    kubelet.0.lock().unwrap().extend([("vm", "nvidia.com/pgpu", A), ("vm", "nvidia.com/pgpu", B)]);
+    world.firmware.hold(false);
+    world.until_state("off", "false").await;
+    until("told", || !told(&world).is_empty()).await;
+    let notes = told(&world);
+    assert_eq!(notes.len(), 1, "once for a pod: {notes:?}");
+    for part in ["ns/vm", "mode off", A, B] {
+        assert!(notes[0].contains(part), "{part}: {notes:?}");
+    }
+    agent.stop().await;
+}
+
 #[tokio::test]
 async fn a_gpu_that_a_pod_has_been_given_is_in_use_before_it_is_opened() {
     let world = World::new(&[(A, H100), (B, H100)]);
     let kubelet = FakeKubelet::default();
     let socket = world.here.path().join("kubelet.sock");
-    let listener = kubelet_api::socket::listen(&socket).unwrap();
-    let router = tonic::transport::Server::builder().add_service(PodResourcesListerServer::new(kubelet.clone()));
-    let _serving = tokio::spawn(kubelet_api::socket::serve(router, listener, std::future::pending()));
+    kubelet.serve(&socket);
     let agent = world.start_as(|settings| settings.pod_resources = socket);
     world.until_state("on", "true").await;
 

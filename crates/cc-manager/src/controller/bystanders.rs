@@ -11,7 +11,7 @@ use hw_probe::{Bdf, PciFunction};
 use node_object::{NodeState, labels, operands};
 use tokio::time::Instant;
 
-use super::{Controller, Pausing, shut};
+use super::{Controller, Pausing, millis, shut};
 use crate::allocations;
 use crate::executor::{self, DeviceFault, Firmware};
 
@@ -80,7 +80,19 @@ impl<F: Firmware> Controller<F> {
     pub(super) async fn components_are_gone(&self, pausing: &Pausing) -> Result<(), InTheWay> {
         let Pausing { namespace, patience } = pausing;
         let left = std::sync::Mutex::new(Vec::new());
-        let mut tell = |now| *left.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        let mut tell = |now: Vec<String>| {
+            let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+            if !now.is_empty() && *left != now {
+                tracing::info!(
+                    event = "waiting",
+                    step = "pause",
+                    patience_ms = millis(*patience),
+                    "Waiting until these are gone: {}",
+                    now.join(", ")
+                );
+            }
+            *left = now;
+        };
         let node = self.node.view().node().cloned().unwrap_or_default();
         let waited = tokio::time::timeout(*patience, async {
             if operands::any_paused(&node) {
@@ -101,7 +113,8 @@ impl<F: Firmware> Controller<F> {
                 code: "OperandsStillThere".to_owned(),
                 message: format!(
                     "Not gone after {} s: {left}; nothing was changed, the paused components run again; look at what keeps these \
-                     pods of namespace {namespace} (or the kubelet's resources) on the node",
+                     pods of namespace {namespace} on the node; a resource that stays is offered by a plugin that no deploy \
+                     label pauses",
                     patience.as_secs()
                 ),
             },

@@ -1,5 +1,6 @@
 //! One attempt to bring devices to a mode, from the first look to what is concluded.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use agent_core::shutdown::Shutdown;
@@ -152,12 +153,47 @@ impl<F: Firmware> Controller<F> {
         for device in devices {
             self.memory.releases.touched(device.bdf);
         }
-        let outcome = tokio::select! {
-            outcome = executor::apply(&self.firmware, devices.clone(), mode, shutdown) => outcome,
+        let (outcome, took, pods) = tokio::select! {
+            changed = self.change_devices(mode, devices, shutdown, begun) => changed,
             never = self.keep_shut() => match never {},
         };
         self.look_at_power_soon();
-        self.ended(&attempt, outcome, begun.elapsed(), state, records, before)
+        let round = self.ended(&attempt, outcome, took, state, records, before);
+        if matches!(round, Round::Rest) {
+            self.tell_early_pods(mode, &pods);
+        }
+        round
+    }
+
+    /// What came of the devices, how long after `begun`, and which pods have them.
+    async fn change_devices(
+        &self,
+        mode: Mode,
+        devices: &[PciFunction],
+        shutdown: &Shutdown,
+        begun: Instant,
+    ) -> (Result<Vec<DeviceResult>, Vec<DeviceFault>>, Duration, BTreeMap<Bdf, String>) {
+        let outcome = executor::apply(&self.firmware, devices.to_vec(), mode, shutdown).await;
+        let took = begun.elapsed();
+        // Asked before the gate is opened: then none of them was admitted in view of the new mode.
+        let pods = allocations::pods(&self.settings.pod_resources, devices).await.unwrap_or_default();
+        (outcome, took, pods)
+    }
+
+    /// Tells of pods that were given a device before it was changed, and have not begun to use it: their virtual machines
+    /// will find another mode than the one the node was in when the pods were admitted.
+    fn tell_early_pods(&self, mode: Mode, pods: &BTreeMap<Bdf, String>) {
+        for pod in pods.values().collect::<BTreeSet<_>>() {
+            let devices = pods.iter().filter(|(_, of)| *of == pod).map(|(bdf, _)| bdf.to_string()).collect::<Vec<_>>();
+            let note = format!(
+                "Pod {pod} was admitted before the change, and its virtual machine will find mode {mode}: {}; its workload \
+                 sees the mode by attestation alone; delete the pod if it is not to run in this mode",
+                devices.join(", ")
+            );
+            tracing::warn!(event = "early_pod", pod, mode = %mode, "{note}");
+            let reason = "PodAdmittedBeforeChange".to_owned();
+            self.events.tell(Event { is_warning: true, reason, action: "Change", note });
+        }
     }
 
     /// Before anybody is disturbed: whether the devices can be had now (`Err` if not), and, where nothing is known of them,
