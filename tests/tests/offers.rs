@@ -359,10 +359,11 @@ fn units_are_withdrawn_before_the_first_write_and_a_pod_of_before_keeps_its_devi
     let Some(mut node) = node("h100x2", &[(CC_MODE, "off")])? else { return Ok(()) };
     node.start_kubelet()?;
     node.start_vfio_manager()?;
-    // As under the operator: the kubelet cannot be asked which pods have GPUs.
+    // The kubelet cannot be asked which pods have GPUs until the change is under way: under the operator never.
+    let socket = "/run/late-kubelet.sock";
     node.start_agent(
         &["cc-manager"],
-        &[("CCNODE_POD_RESOURCES", ""), ("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RESYNC", "10s")],
+        &[("CCNODE_POD_RESOURCES", socket), ("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RESYNC", "10s")],
     )?;
     node.start_device_plugin()?;
     node.await_state("off", "false", CHANGE)?;
@@ -392,11 +393,16 @@ fn units_are_withdrawn_before_the_first_write_and_a_pod_of_before_keeps_its_devi
         Ok(!output.success() && output.error_text().contains("busy"))
     })?;
     assert_eq!(resolve(&node)?, before, "the CDI file has it all the time");
+    node.look(&["ln", "-s", kubelet_api::POD_RESOURCES_SOCKET, socket])?;
     node.await_state("on", "true", CHANGE)?;
     node.await_allocatable(PGPU, 2, STEP)?;
     registers_say(&node, "on")?;
     assert_eq!(resolve(&node)?, before);
     await_that("free again", &node, || Ok(open(&node)?.success()))?;
+    // What starts now runs in another mode than the node was in when the pod was admitted.
+    let told = node.agent("cc-manager")?.events("early_pod");
+    let pods: Vec<_> = told.iter().map(|(_, line)| (field(line, "pod"), field(line, "mode"))).collect();
+    assert_eq!(pods, [(Some("default/early"), Some("on"))]);
     it_was_withdrawn_first(&node)
 }
 
