@@ -7,8 +7,8 @@ export ROOT
 say() { printf '%s\n' "$*" >&2; }
 die() { say "$0: $*"; exit 1; }
 
-# Programs of the system that building and the lab need, with the Debian package of each.
-SYSTEM_TOOLS="gcc:gcc make:make bc:bc xz:xz-utils perl:perl strip:binutils zstd:zstd flock:util-linux apt-get:apt dpkg:dpkg"
+# Programs of the system that building and the lab need, with the Debian package of each. crun starts containers in its guests.
+SYSTEM_TOOLS="gcc:gcc make:make bc:bc xz:xz-utils perl:perl strip:binutils zstd:zstd flock:util-linux apt-get:apt dpkg:dpkg crun:crun"
 
 # Names the packages of SYSTEM_TOOLS that are missing, on one line.
 missing_packages() {

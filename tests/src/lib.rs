@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod containers;
 pub mod contract;
 pub mod rendered;
 
@@ -307,6 +308,11 @@ pub fn bound_to_vfio(node: &Node) -> Result<()> {
         ensure!(gpu["driver"] == "vfio-pci", "{} is on {}", gpu["bdf"], gpu["driver"]);
     }
     Ok(())
+}
+
+/// Waits until every GPU is bound to vfio-pci.
+pub fn bound_in_time(node: &Node) -> Result<()> {
+    await_that("every GPU is bound", node, || Ok(bound_to_vfio(node).is_ok()))
 }
 
 /// The exchanges with the firmware of one device among these events, in the notation of gpu-cc-protocol section 6.4.

@@ -87,9 +87,15 @@ impl Rendering {
 
     /// The container of an agent.
     pub fn container(&self, agent: &str) -> Result<Container> {
-        let pod = &self.object("DaemonSet", &format!("ccnode-{agent}"))?["spec"]["template"]["spec"];
-        let mut containers = pod["containers"].as_array().into_iter().flatten();
-        let manifest = containers.find(|item| item["name"] == agent).context("its pod has no such container")?;
+        self.container_of("DaemonSet", &format!("ccnode-{agent}"), agent)
+    }
+
+    /// A container of a DaemonSet or Job, whether it runs on or comes before the others.
+    pub fn container_of(&self, kind: &str, owner: &str, name: &str) -> Result<Container> {
+        let pod = &self.object(kind, owner)?["spec"]["template"]["spec"];
+        let mut containers =
+            [&pod["initContainers"], &pod["containers"]].into_iter().filter_map(Value::as_array).flatten();
+        let manifest = containers.find(|item| item["name"] == name).context("its pod has no such container")?;
         let argv = [&manifest["command"], &manifest["args"]].into_iter().flat_map(texts).collect();
         let variables = manifest["env"].as_array().into_iter().flatten();
         let text = |value: &Value| value.as_str().map(ToOwned::to_owned);

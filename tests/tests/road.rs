@@ -3,13 +3,15 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
+use e2e::containers::{self, Account, Running};
 use e2e::rendered::{Container, Rendering};
 use e2e::{
-    CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, node, registers_say, the_cdi_file_is, the_labels_never_lied,
-    whole_trace,
+    CHANGE, PGPU, STEP, bound_to_vfio, gpu_bdfs, lab_is_here, node, registers_say, the_cdi_file_is,
+    the_labels_never_lied, whole_trace,
 };
 use lab::Node;
 use lab::node::{CC_MODE, CC_READY_STATE, NODE};
+use nix::sys::signal::Signal;
 
 /// A pod that asks for all GPUs gets them, and Kata would plug in exactly those.
 fn a_pod_gets_all_gpus(node: &Node, name: &str) -> Result<()> {
@@ -101,70 +103,96 @@ fn off_on_devtools_off() -> Result<()> {
     Ok(())
 }
 
-/// What a container runtime does with a container of the chart, as far as the guest can: a root of its own, read-only but for
-/// the mounts of its manifest, and `/dev` with the host's devices for a privileged one alone. One that drops all capabilities is
-/// root in a user namespace of its own, and has no network: it has no capability over the machine at all.
-fn in_its_container(name: &str, container: &Container) -> Result<Vec<String>> {
-    let root = format!("/run/pods/{name}");
-    let mut steps = vec![
-        format!(
-            "set -e; r={root}; mkdir -p $r; mount -t tmpfs -o mode=755 none $r; mkdir -p $r/usr/bin $r/proc $r/dev"
-        ),
-        "mount --bind /usr/bin $r/usr/bin; ln -s usr/bin $r/bin; mount --rbind /proc $r/proc".to_owned(),
-    ];
-    let is_privileged = container.manifest["securityContext"]["privileged"] == true;
-    steps.push(if is_privileged {
-        "mount --rbind /dev $r/dev".to_owned()
-    } else {
-        "for d in null zero urandom; do touch $r/dev/$d; mount --bind /dev/$d $r/dev/$d; done".to_owned()
-    });
-    for mount in container.manifest["volumeMounts"].as_array().context("no mounts")? {
-        let mut volumes = container.pod["volumes"].as_array().into_iter().flatten();
-        let volume = volumes.find(|volume| volume["name"] == mount["name"]).context("a mount without volume")?;
-        let place = mount["mountPath"].as_str().context("no path")?;
-        steps.push(match volume["hostPath"]["path"].as_str() {
-            Some(host) => format!("mkdir -p {host} $r{place}; mount --rbind {host} $r{place}"),
-            None => format!("mkdir -p $r{place}; mount -t tmpfs none $r{place}"),
-        });
-        if mount["readOnly"] == true {
-            steps.push(format!("mount -o remount,bind,ro $r{place}"));
+/// The scenario asks for one mode after the other.
+const QUICK: [(&str, &str); 3] = [("CCNODE_HOLD_DOWN", "1ms"), ("CCNODE_RELEASE_POLL", "1s"), ("POLL_INTERVAL", "1s")];
+
+/// Starts an agent as the chart does; what is quicker here than on a node is told in the same place.
+fn start_of_the_chart(node: &mut Node, rendering: &Rendering, name: &str) -> Result<(Container, Running)> {
+    let container = rendering.container(name)?;
+    let has_token = container.pod["automountServiceAccountToken"] == true;
+    let account = has_token.then(|| Account::of(node, rendering, &format!("ccnode-{name}"))).transpose()?;
+    let mut config = containers::config(node, &container, account.as_ref())?;
+    let env = config["process"]["env"].as_array_mut().context("no environment")?;
+    env.extend(QUICK.map(|(name, value)| format!("{name}={value}").into()));
+    let running = Running::start(node, name, &container, &config)?;
+    Ok((container, running))
+}
+
+/// The agents have what their manifests give them, and no more.
+fn they_are_confined(node: &Node, agents: &[(Container, Running)]) -> Result<()> {
+    for (container, running) in agents {
+        let name = &container.manifest["name"];
+        let field = |field: &str| running.status(node, field);
+        let held = u64::from_str_radix(&field("CapEff")?, 16)?;
+        ensure!(u64::from_str_radix(&field("CapBnd")?, 16)? == held, "{name} could have more");
+        // SYS_MODULE is 16, SYS_CHROOT 18.
+        let wanted = match name.as_str() {
+            Some("device-plugin") => Some(0),
+            Some("vfio-manager") => Some(1 << 16 | 1 << 18),
+            _ => None,
+        };
+        let is_privileged = wanted.is_none();
+        ensure!(wanted.is_none_or(|wanted| held == wanted), "{name} has {held:x}");
+        ensure!(!is_privileged || held & 1 << 21 != 0, "{name} has {held:x}");
+        ensure!(field("Seccomp")? == if is_privileged { "0" } else { "2" }, "{name}: {}", field("Seccomp")?);
+        ensure!(field("NoNewPrivs")? == if is_privileged { "0" } else { "1" }, "{name}: {}", field("NoNewPrivs")?);
+        let root = format!("/proc/{}/root", running.pid(node)?);
+        let is_refused = |path: &str| node.guest.shell(&format!("! touch {root}{path} 2>/dev/null"), STEP);
+        for path in ["/x", "/usr/bin/x", "/etc/x"] {
+            ensure!(is_refused(path)?.success(), "{name} can write {path}");
+        }
+        for mount in container.manifest["volumeMounts"].as_array().into_iter().flatten() {
+            let place = mount["mountPath"].as_str().context("no place")?;
+            let lines = String::from_utf8(node.guest.get_file(&format!("/proc/{}/mountinfo", running.pid(node)?))?)?;
+            let line = lines.lines().rfind(|line| line.split(' ').nth(4) == Some(place));
+            let line = line.with_context(|| format!("{name} has no {place}: {lines}"))?;
+            let is_read_only =
+                line.split(' ').nth(5).is_some_and(|options| options.split(',').any(|word| word == "ro"));
+            ensure!(is_read_only == (mount["readOnly"] == true), "{name}: {line}");
         }
     }
-    if container.pod["automountServiceAccountToken"] == true {
-        let place = "/var/run/secrets/kubernetes.io/serviceaccount";
-        steps.push(format!("mkdir -p $r{place}; mount --bind {place} $r{place}"));
-    }
-    let argv = container.argv.join(" ");
-    steps.push(format!("mount -o remount,ro $r; ! touch $r/x 2>/dev/null; exec chroot $r {argv}"));
-    let script = steps.join("; ");
-    let around: &[&str] = if is_privileged { &["unshare", "-m"] } else { &["unshare", "-n", "unshare", "-r", "-m"] };
-    Ok(around.iter().copied().chain(["sh", "-c", &script]).map(ToOwned::to_owned).collect())
+    Ok(())
 }
 
 #[test]
 fn off_on_off_with_the_agents_as_the_chart_starts_them() -> Result<()> {
-    let Some(mut node) = node("h100x2", &[(CC_MODE, "off")])? else { return Ok(()) };
+    let Some(mut node) = lab_with_containers()? else { return Ok(()) };
     let rendering = Rendering::read("rendered/default.yaml")?;
-    // Modules are loaded with capabilities, which these have none of.
-    node.look(&["modprobe", "vfio-pci"])?;
     node.start_kubelet()?;
-    for name in ["vfio-manager", "cc-manager", "device-plugin"] {
-        let container = rendering.container(name)?;
-        let argv = in_its_container(name, &container)?;
-        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-        let env: Vec<(&str, &str)> = container.env.iter().map(|(name, value)| (&**name, &**value)).collect();
-        // The scenario asks for one mode after the other.
-        let quick = [("CCNODE_HOLD_DOWN", "1ms"), ("CCNODE_RELEASE_POLL", "1s"), ("POLL_INTERVAL", "1s")];
-        node.start_agent(&argv, &[env, quick.to_vec()].concat())?;
+    let mut agents = Vec::new();
+    // In any order: the first to come waits until vfio-manager has loaded VFIO's modules.
+    for name in ["cc-manager", "device-plugin", "vfio-manager"] {
+        agents.push(start_of_the_chart(&mut node, &rendering, name)?);
     }
     arrives(&node, "off", "false").with_context(|| node.logs())?;
+    they_are_confined(&node, &agents)?;
     for (mode, ready) in [("on", "true"), ("off", "false")] {
         node.ask_for(mode)?;
         arrives(&node, mode, ready).with_context(|| format!("on the way to {mode}\n{}", node.logs()))?;
+    }
+    for (container, running) in &agents {
+        for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+            running.probe(&node, container, probe).with_context(|| node.logs())?;
+        }
     }
     the_labels_never_lied(&node)?;
     the_gate_closed_first(&node)?;
     assert!(node.guest.get_file("/run/nvidia/validations/.cc-manager-ctr-ready").is_err(), "nobody waits for it here");
     assert!(node.agents().iter().all(lab::node::Agent::is_running), "{}", node.logs());
+    // As a kubelet ends a pod.
+    for (_, running) in &agents {
+        node.stop_agent(&running.path(), Signal::SIGTERM)?;
+    }
     Ok(())
+}
+
+/// A node whose container runtime starts what manifests say, with VFIO's modules not loaded yet.
+fn lab_with_containers() -> Result<Option<Node>> {
+    if !lab_is_here()? {
+        return Ok(None);
+    }
+    let mut boot = lab::Boot::new("h100x2")?;
+    boot.without_vfio_modules = true;
+    containers::install(&mut boot)?;
+    Node::start(boot, &[(CC_MODE, "off")]).map(Some)
 }

@@ -19,6 +19,8 @@ pub struct Boot {
     pub kernel: Option<Kernel>,
     /// Folders and files of the host to lay over the guest's root.
     pub adds: Vec<Add>,
+    /// Further programs of the host, which go in without their debug information.
+    pub programs: Vec<Add>,
     /// Where knobs are kept from one run to the next.
     pub knob_file: Option<PathBuf>,
     /// Where every access to the devices is written.
@@ -49,6 +51,7 @@ impl Boot {
             topology,
             kernel: None,
             adds: Vec::new(),
+            programs: Vec::new(),
             knob_file: None,
             trace_file: None,
             append: String::new(),
@@ -64,6 +67,7 @@ impl Boot {
             mut topology,
             kernel,
             adds,
+            programs,
             knob_file,
             trace_file,
             append,
@@ -94,6 +98,9 @@ impl Boot {
             }
         }
         builder = builder.overlay(Add { host: names.path().to_owned(), guest: "/usr/bin".into() });
+        for program in programs {
+            builder = builder.binary(program.host, program.guest);
+        }
         for add in adds {
             builder = builder.overlay(add);
         }
