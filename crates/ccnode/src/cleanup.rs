@@ -7,6 +7,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use agent_core::hostfile::{HostDir, HostFileError};
 use agent_core::state::{BINDINGS_FILE, BindingsFile, DEVICES_FILE, DevicesFile, UNITS_FILE, state_dir};
@@ -27,12 +29,19 @@ use crate::{FAILED, SUCCESS, printable};
 /// cc-manager's record of changes, beside `devices.json`.
 const TRANSITIONS_FILE: &str = "transitions.jsonl";
 
+/// How often it is looked whether an agent still runs.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How often the API server is asked for all nodes.
+const ASK: Duration = Duration::from_secs(2);
+
 /// The labels and annotations that the change of the node object is made from.
 const READ_LABELS: [&str; 2] = [labels::CC_MODE_STATE, labels::CC_READY_STATE];
 const READ_ANNOTATIONS: [&str; 2] = [annotations::CC_STATUS, annotations::TRANSITION];
 
 /// Flags of `ccnode cleanup`.
 #[derive(Debug, clap::Args)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct CleanupArgs {
     /// Only print what would be done.
     #[arg(long)]
@@ -43,6 +52,15 @@ pub struct CleanupArgs {
     /// Do it although it cannot be seen whether an agent runs, and remove the record of former drivers, too.
     #[arg(long)]
     pub force: bool,
+    /// Wait this long for agents that still run here to end; with --await-nodes, for the nodes.
+    #[arg(long, value_name = "TIME", value_parser = agent_core::text::duration)]
+    pub wait: Option<Duration>,
+    /// The node that is named is this machine: a pod knows it from its manifest, and need not find it out.
+    #[arg(long, requires = "node")]
+    pub node_is_here: bool,
+    /// Clean up nothing here, but wait until each node's object is clean, and name those that are not.
+    #[arg(long, conflicts_with_all = ["dry_run", "yes", "force", "offline", "node_is_here"])]
+    pub await_nodes: bool,
     /// The node object.
     #[command(flatten)]
     pub cluster: ClusterArgs,
@@ -58,17 +76,25 @@ pub fn run(
     notes: &mut impl Write,
     terminal: &Terminal,
 ) -> anyhow::Result<u8> {
-    let CleanupArgs { dry_run, yes, force, cluster, root } = args;
+    let CleanupArgs { dry_run, yes, force, wait, node_is_here, await_nodes, cluster, root } = args;
+    let wait = wait.unwrap_or_default();
+    if *await_nodes {
+        return nodes_clean(cluster, wait, out);
+    }
     let source = Source::open(&root.canonicalize().unwrap_or_else(|_| root.clone()))?;
     ensure!(source.live().is_none(), "{}: In a bundle there is nothing to clean up", root.display());
     let root = source.root();
     let path = root.join("");
+    let deadline = Instant::now() + wait;
+    while agents::running(&path, agents::ALL).is_some() && Instant::now() < deadline {
+        thread::sleep(LOOK);
+    }
     nobody_is_at_work(&path, *force)?;
     let _locks = locks(root)?;
     let inventory = Inventory::scan(root);
     let runtime = cluster::runtime()?;
     let boot_id = inventory.host.boot_id.as_deref();
-    let node = if cluster.offline { None } else { runtime.block_on(find(&path, cluster, boot_id))? };
+    let node = if cluster.offline { None } else { runtime.block_on(find(&path, cluster, *node_is_here, boot_id))? };
     let host = Leftovers::find(&path, &inventory, *force)?;
 
     let mut plan = String::new();
@@ -98,14 +124,15 @@ pub fn run(
     }
 
     let mut troubles: Vec<String> = Vec::new();
+    for (dir, name) in &host.files {
+        troubles.extend(dir.remove(name).err().map(|error| chain(&error)));
+    }
+    // Last: a node whose object is clean has nothing left, as those take it who wait for it.
     if let Some((client, _)) = &node {
         let read: Vec<&str> = operands::labels().chain(READ_LABELS).collect();
         // Both at once or none: a gate is never left open over a node that nobody watches.
         let updated = runtime.block_on(client.update((&read, &READ_ANNOTATIONS), change));
         troubles.extend(updated.err().map(|error| error.line()));
-    }
-    for (dir, name) in &host.files {
-        troubles.extend(dir.remove(name).err().map(|error| chain(&error)));
     }
     for trouble in &troubles {
         writeln!(notes, "{}", printable(trouble))?;
@@ -117,6 +144,39 @@ pub fn run(
     }
     writeln!(out, "{}", if troubles.is_empty() { "Cleaned up" } else { "Not everything could be cleaned up" })?;
     Ok(if troubles.is_empty() { SUCCESS } else { FAILED })
+}
+
+/// Waits until no node has an annotation of ours; those that still have one are named.
+fn nodes_clean(cluster: &ClusterArgs, wait: Duration, out: &mut impl Write) -> anyhow::Result<u8> {
+    let runtime = cluster::runtime()?;
+    let deadline = Instant::now() + wait;
+    loop {
+        let nodes = runtime.block_on(async {
+            let client = node_object::connect(cluster.kubeconfig.as_deref()).await?;
+            node_object::nodes(&client, cluster::PATIENCE).await
+        });
+        let is_late = Instant::now() >= deadline;
+        match nodes {
+            Ok(nodes) => {
+                let is_left = |state: &NodeState| READ_ANNOTATIONS.iter().any(|name| state.annotation(name).is_some());
+                let left: Vec<String> =
+                    nodes.into_iter().filter(|(_, state)| is_left(state)).map(|(name, _)| name).collect();
+                if left.is_empty() {
+                    writeln!(out, "Every node is cleaned up")?;
+                    return Ok(SUCCESS);
+                }
+                if is_late {
+                    for name in left {
+                        writeln!(out, "{} is not cleaned up; run ccnode cleanup on it", printable(&name))?;
+                    }
+                    return Ok(FAILED);
+                }
+            }
+            Err(error) if is_late => bail!("{}; it is not known which nodes are cleaned up", error.line()),
+            Err(_) => {}
+        }
+        thread::sleep(ASK);
+    }
 }
 
 /// Refuses while an agent could write again what is removed.
@@ -149,9 +209,11 @@ fn locks(root: &SysRoot) -> anyhow::Result<Vec<DeviceLock>> {
 async fn find(
     path: &Path,
     cluster: &ClusterArgs,
+    node_is_here: bool,
     boot_id: Option<&str>,
 ) -> anyhow::Result<Option<(NodeClient, Arc<NodeState>)>> {
     let Named { name, is_ours } = Named::of(path, cluster.node.as_deref());
+    let is_ours = is_ours || node_is_here;
     let name = name.context("Nothing tells this node's name; give --node, or --offline for the host's files alone")?;
     let asked = async {
         let client = cluster::client(&name, cluster.kubeconfig.as_deref()).await?;

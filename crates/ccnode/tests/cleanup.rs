@@ -279,3 +279,66 @@ fn the_host_alone_is_cleaned_up_without_an_api_server() {
     assert_eq!((&after.0, &after.1, after.2.len()), (&before.0, &before.1, 1));
     assert!(bench.api.requests().is_empty());
 }
+
+#[test]
+fn agents_that_are_ending_are_waited_for() {
+    let bench = Bench::new();
+    bench.fake.process(7, "cc-manager", "", &[]);
+    let process = bench.fake.path().join("proc/7");
+    let (code, _, notes) = bench.clean(&["--wait", "10ms"]);
+    assert_eq!((code, notes.contains("Process 7 is cc-manager")), (2, true), "{notes}");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            fs::remove_dir_all(process).unwrap();
+        });
+        let (code, out, notes) = bench.clean(&["--wait", "10m"]);
+        assert_eq!(code, 0, "{out}{notes}");
+    });
+}
+
+#[test]
+fn a_pod_knows_its_node_also_where_nothing_of_ours_is_left_on_it() {
+    let bench = Bench::new();
+    bench.fake.file("proc/sys/kernel/hostname", "pod");
+    let line = ["--node", NODE, "--node-is-here"];
+    assert_eq!(bench.clean(&line).0, 0);
+    let after = bench.all();
+    assert_eq!(after.1.keys().collect::<Vec<_>>(), ["example.com/other"]);
+    // Begun anew, as a pod is whose node came back.
+    let (code, out, notes) = bench.clean(&line);
+    assert_eq!((code, out.as_str()), (0, "Nothing to clean up\n"), "{notes}");
+    let (code, _, notes) = bench.clean(&line[..2]);
+    assert_eq!((code, notes.contains("Nothing here says")), (2, true), "{notes}");
+}
+
+#[test]
+fn nodes_that_are_not_clean_are_waited_for_and_named() {
+    let bench = Bench::new();
+    bench.api.add_node("gpu-8", &[]).unwrap();
+    bench.api.add_node("gpu-9", &[]).unwrap();
+    bench.api.set_annotation("gpu-9", annotations::CC_STATUS, Some("{}")).unwrap();
+    let wait = |time: &str| bench.run(&Terminal::default(), &["--await-nodes", "--wait", time]);
+    let before = bench.all();
+    let (code, out, notes) = wait("1ms");
+    let told = "gpu-7 is not cleaned up; run ccnode cleanup on it\ngpu-9 is not cleaned up; run ccnode cleanup on it\n";
+    assert_eq!((code, out.as_str()), (1, told), "{notes}");
+    assert_eq!(bench.all(), before, "it cleans up nothing itself");
+    assert_eq!(bench.clean(&[]).0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // After the first answer.
+            bench.api.wait_for(std::time::Duration::from_mins(1), |view| {
+                let lists = view.requests().iter().filter(|record| record.verb == "list" && record.resource == "nodes");
+                (lists.count() > 2).then_some(())
+            });
+            bench.api.set_annotation("gpu-9", annotations::CC_STATUS, None).unwrap();
+        });
+        let (code, out, notes) = wait("10m");
+        assert_eq!((code, out.as_str()), (0, "Every node is cleaned up\n"), "{notes}");
+    });
+    // Nobody who answers knows.
+    bench.api.set_down(true);
+    let (code, _, notes) = wait("1ms");
+    assert_eq!((code, notes.contains("it is not known which nodes are cleaned up")), (2, true), "{notes}");
+}
