@@ -7,10 +7,11 @@ use std::path::Path;
 pub(crate) const CC_MANAGER: &[&str] = &["cc-manager", "k8s-cc-manager"];
 
 /// Names under which the device plugin runs, ours and the reference's, as far as the kernel keeps them.
-pub(crate) const DEVICE_PLUGIN: &[&str] = &["device-plugin", "nvidia-sandbox-"];
+pub(crate) const DEVICE_PLUGIN: &[&str] = &["device-plugin", "nvidia-sandbox-", "nvidia-kubevirt"];
 
 /// Names of all agents that write what `ccnode cleanup` removes. The kernel keeps 15 bytes of a name.
-pub(crate) const ALL: &[&str] = &["cc-manager", "k8s-cc-manager", "vfio-manager", "device-plugin", "nvidia-sandbox-"];
+pub(crate) const ALL: &[&str] =
+    &["cc-manager", "k8s-cc-manager", "vfio-manager", "device-plugin", "nvidia-sandbox-", "nvidia-kubevirt"];
 
 /// The PID namespace of the machine has a fixed number.
 const INITIAL_NAMESPACE: &str = "pid:[4026531836]";

@@ -24,7 +24,14 @@ fn the_name_says_which_program_it_is() {
             VFIO_MANAGER,
             &[("vfio-manager", "vfio-manager"), ("vfio-manage", "vfio-manager"), ("driver-manager", "vfio-manager")],
         ),
-        (DEVICE_PLUGIN, &[("device-plugin", "device-plugin"), ("nvidia-sandbox-device-plugin", "device-plugin")]),
+        (
+            DEVICE_PLUGIN,
+            &[
+                ("device-plugin", "device-plugin"),
+                ("nvidia-sandbox-device-plugin", "device-plugin"),
+                ("nvidia-kubevirt-gpu-device-plugin", "device-plugin"),
+            ],
+        ),
     ] {
         for (name, program) in names.iter().chain(&[("ccnode", "ccnode"), ("kubectl-ccnode", "ccnode")]) {
             for path in [(*name).to_owned(), format!("/usr/bin/{name}")] {

@@ -11,7 +11,7 @@ pub const PROGRAMS: [(&str, &[&str]); 5] = [
     ("ccnode", &[]),
     ("cc-manager", &["k8s-cc-manager"]),
     ("vfio-manager", &["vfio-manage", "driver-manager"]),
-    ("device-plugin", &["nvidia-sandbox-device-plugin"]),
+    ("device-plugin", &["nvidia-sandbox-device-plugin", "nvidia-kubevirt-gpu-device-plugin"]),
     ("lab-kubelet", &[]),
 ];
 
