@@ -27,6 +27,22 @@ pub fn golden(text: &str) -> Result<Facts> {
     Ok(facts)
 }
 
+/// Facts of an older release: those of a newer one, and what is told to be otherwise, as facts with `- ` and `+ ` before them.
+pub fn changed(mut facts: Facts, changes: &str) -> Result<Facts> {
+    for (file, changes) in golden(changes)? {
+        let of_file = facts.get_mut(&file).with_context(|| format!("{file} is in no facts that could change"))?;
+        for change in changes {
+            let done = match change.split_at_checked(2) {
+                Some(("- ", fact)) => of_file.remove(fact),
+                Some(("+ ", fact)) => of_file.insert(fact.to_owned()),
+                _ => anyhow::bail!("{file}: neither - nor + is before: {change}"),
+            };
+            ensure!(done, "{file}: this changes nothing: {change}");
+        }
+    }
+    Ok(facts)
+}
+
 /// The facts of those files of a checkout that `golden` has.
 pub fn of_checkout(checkout: &Path, golden: &Facts) -> Result<Facts> {
     ensure!(
@@ -47,14 +63,22 @@ pub fn of_checkout(checkout: &Path, golden: &Facts) -> Result<Facts> {
 /// Releases before this one start other containers: no Kata device plugin, and NVIDIA's CUDA image with a script for vfio-manager.
 pub const OLDEST: (u32, u32) = (26, 3);
 
-/// Refuses a release that ccnode's images are not made for, by its version such as `v26.7.0`.
-pub fn is_supported(version: &str) -> Result<()> {
+/// The release whose facts are golden as they are; what older ones run otherwise is told beside them.
+pub const GOLDEN: (u32, u32) = (26, 7);
+
+/// Major and minor number of a version such as `v26.7.0`.
+pub fn release(version: &str) -> Result<(u32, u32)> {
     let mut numbers = version.trim_start_matches('v').split('.').map(str::parse::<u32>);
-    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
-        anyhow::bail!("{version:?} is no version of the GPU Operator");
-    };
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor)),
+        _ => anyhow::bail!("{version:?} is no version of the GPU Operator"),
+    }
+}
+
+/// Refuses a release that ccnode's images are not made for, by its version.
+pub fn is_supported(version: &str) -> Result<()> {
     ensure!(
-        (major, minor) >= OLDEST,
+        release(version)? >= OLDEST,
         "GPU Operator {version} is older than v{}.{}: it has no Kata device plugin, and runs a shell script in NVIDIA's CUDA image \
          as its vfio-manager; upgrade the operator, or install ccnode's own chart without it",
         OLDEST.0,

@@ -5,10 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use e2e::contract::{differences, golden, is_supported, keys, of_checkout, unknown_keys, version_of};
+use e2e::contract::{changed, differences, golden, is_supported, keys, of_checkout, unknown_keys, version_of};
 use serde_json::Value;
 
 const FACTS: &str = include_str!("../../deploy/gpu-operator/contract-v26.7.txt");
+const CHANGES: &str = include_str!("../../deploy/gpu-operator/contract-v26.3.txt");
 const VALUES: &str = include_str!("../../deploy/gpu-operator/values.yaml");
 const MANIFEST: &str = include_str!("../../Cargo.toml");
 const BUILD_PROGRAM: &str = include_str!("../../hack/build-program");
@@ -160,6 +161,28 @@ fn a_release_that_differs_is_told_by_file_and_fact() -> Result<()> {
     let empty = tempfile::tempdir()?;
     let error = of_checkout(empty.path(), &golden).unwrap_err().to_string();
     ensure!(error.contains("no checkout of the GPU Operator"), "{error}");
+    Ok(())
+}
+
+/// The one word of v26.3's hook is no program of any image; all else of it is as later.
+#[test]
+fn v26_3_differs_from_later_releases_in_its_hook_alone() -> Result<()> {
+    let (later, older) = (golden(FACTS)?, changed(golden(FACTS)?, CHANGES)?);
+    assert_eq!(
+        differences(&later, &older),
+        "assets/state-vfio-manager/0500_daemonset.yaml\n  - container nvidia-vfio-manager preStop: \
+         [\"/bin/sh\",\"-c\",\"vfio-manage unbind --all\"]\n  + container nvidia-vfio-manager preStop: \
+         [\"vfio-manage unbind --all\"]\n"
+    );
+    for (changes, told) in [
+        ("## assets/b\n- grace: 30\n", "assets/b is in no facts"),
+        ("## assets/state-cc-manager/0500_daemonset.yaml\n- grace: 31\n", "changes nothing: - grace: 31"),
+        ("## assets/state-cc-manager/0500_daemonset.yaml\n+ grace: 30\n", "changes nothing: + grace: 30"),
+        ("## assets/state-cc-manager/0500_daemonset.yaml\ngrace: 30\n", "neither - nor +"),
+    ] {
+        let error = changed(golden(FACTS)?, changes).unwrap_err().to_string();
+        ensure!(error.contains(told), "{error}");
+    }
     Ok(())
 }
 
