@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use agent_core::hostfile::HostDir;
 use agent_core::state::{DEVICES_FILE, DevicesFile};
 use agent_core::text::chain;
-use hw_probe::config::liveness;
-use hw_probe::{Inventory, SysRoot};
+use hw_probe::config::liveness_of_each;
+use hw_probe::{Bdf, Inventory, SysRoot};
 
 use crate::units::{Observation, Verdicts};
 
@@ -43,12 +43,13 @@ pub fn observe(places: &Places) -> Result<Observation, ObserveError> {
         let problem = inventory.problems.first().map_or_else(String::new, |problem| format!(" ({})", problem.message));
         return Err(ObserveError::Nothing { path: root.join("sys/bus/pci/devices"), problem });
     }
-    let mains = || inventory.gpus().chain(inventory.nvswitches());
+    let mains = inventory.gpus().chain(inventory.nvswitches()).map(|main| main.bdf);
+    let answers = liveness_of_each(root, mains).into_iter();
     Ok(Observation {
         iommufd: has_device(root, "misc", "iommu", "dev/iommu"),
         container: has_device(root, "misc", "vfio", "dev/vfio/vfio"),
         groups: groups(&inventory, root),
-        alive: mains().map(|main| (main.bdf, liveness(root, main.bdf).map_err(|error| chain(&error)))).collect(),
+        alive: answers.map(|(bdf, answer)| (bdf, answer.map_err(|error| chain(&error)))).collect(),
         verdicts: verdicts(&places.state_dir, inventory.host.boot_id.as_deref()),
         given: BTreeSet::new(),
         wrong_nodes: wrong_nodes(&inventory, root),

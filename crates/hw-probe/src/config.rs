@@ -3,11 +3,12 @@
 //! Reading it moves no device: the kernel serves it without opening the function for a user, and a function in D3cold,
 //! which the kernel would have to wake, is not asked. (The kernel may wake a sleeping bridge above.)
 
+use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::sysfs::{Node, hex, patiently, read_at};
+use crate::sysfs::{Node, hex, patiently, patiently_each, read_at};
 use crate::{Bdf, NVIDIA, SysRoot};
 
 /// Size of the extended configuration space, in bytes. Readers without CAP_SYS_ADMIN get 64.
@@ -66,25 +67,50 @@ pub enum Liveness {
 /// at 0xf0, which hypervisors do not emulate, reads all ones (gpu-cc-protocol section 1.6); a reader without
 /// CAP_SYS_ADMIN does not see it.
 pub fn liveness(root: &SysRoot, bdf: Bdf) -> Result<Liveness, ConfigError> {
-    let mut node = Node::new(root, &format!("sys/bus/pci/devices/{bdf}"), Some(bdf));
-    if node.word("power_state").as_deref() == Some("D3cold") {
-        return Ok(Liveness::Asleep);
+    let absent = || Err(ConfigError::Short { bdf, path: file(root, bdf), length: 0 });
+    liveness_of_each(root, [bdf]).remove(&bdf).unwrap_or_else(absent)
+}
+
+/// The same for many functions. Waits 2 seconds at most for each that does not answer, and for the others as long as they take.
+pub fn liveness_of_each(
+    root: &SysRoot,
+    bdfs: impl IntoIterator<Item = Bdf>,
+) -> BTreeMap<Bdf, Result<Liveness, ConfigError>> {
+    let mut told = BTreeMap::new();
+    let (mut asked, mut reads) = (Vec::new(), Vec::new());
+    for bdf in bdfs {
+        let mut node = Node::new(root, &format!("sys/bus/pci/devices/{bdf}"), Some(bdf));
+        if node.word("power_state").as_deref() == Some("D3cold") {
+            told.insert(bdf, Ok(Liveness::Asleep));
+            continue;
+        }
+        let enumerated = node.parsed("vendor", "a 16-bit id", |text| u16::try_from(hex(text)?).ok());
+        let path = file(root, bdf);
+        let target = path.clone();
+        asked.push((bdf, path.clone()));
+        reads.push((path, move || ask_words(&target, enumerated)));
     }
-    let vendor = word(root, bdf, 0x00)?;
-    let Some(vendor) = vendor else {
-        return Err(ConfigError::Short { bdf, path: file(root, bdf), length: 0 });
-    };
-    if vendor == 0xffff {
-        return Ok(Liveness::Silent);
+    for ((bdf, path), answer) in asked.into_iter().zip(patiently_each(reads, PATIENCE)) {
+        let answer = match answer {
+            Ok(Some(liveness)) => Ok(liveness),
+            Ok(None) => Err(ConfigError::Short { bdf, path, length: 0 }),
+            Err(source) => Err(ConfigError::Read { bdf, path, source }),
+        };
+        told.insert(bdf, answer);
     }
-    let enumerated = node.parsed("vendor", "a 16-bit id", |text| u16::try_from(hex(text)?).ok());
-    if enumerated.is_some_and(|enumerated| enumerated != vendor) {
-        return Ok(Liveness::Other(vendor));
-    }
-    if vendor == NVIDIA && word(root, bdf, 0xf0)? == Some(0xffff) {
-        return Ok(Liveness::Silent);
-    }
-    Ok(Liveness::Answers)
+    told
+}
+
+/// Asks by two words; none where there is not even the first.
+fn ask_words(file: &Path, enumerated: Option<u16>) -> io::Result<Option<Liveness>> {
+    let word = |offset| Ok::<_, io::Error>(read_at(file, offset, 2)?.try_into().ok().map(u16::from_le_bytes));
+    let Some(vendor) = word(0x00)? else { return Ok(None) };
+    Ok(Some(match vendor {
+        0xffff => Liveness::Silent,
+        vendor if enumerated.is_some_and(|enumerated| enumerated != vendor) => Liveness::Other(vendor),
+        NVIDIA if word(0xf0)? == Some(0xffff) => Liveness::Silent,
+        _ => Liveness::Answers,
+    }))
 }
 
 /// Asks the function whether it is there, and if it is reads its configuration space, all on one thread: what an
@@ -99,14 +125,7 @@ pub(crate) fn ask(root: &SysRoot, bdf: Bdf) -> Result<(Liveness, Option<ConfigSp
     let path = file(root, bdf);
     let target = path.clone();
     let read = move || {
-        let word = |offset| Ok::<_, io::Error>(read_at(&target, offset, 2)?.try_into().ok().map(u16::from_le_bytes));
-        let Some(vendor) = word(0x00)? else { return Ok(Err(0)) };
-        let liveness = match vendor {
-            0xffff => Liveness::Silent,
-            vendor if enumerated.is_some_and(|enumerated| enumerated != vendor) => Liveness::Other(vendor),
-            NVIDIA if word(0xf0)? == Some(0xffff) => Liveness::Silent,
-            _ => Liveness::Answers,
-        };
+        let Some(liveness) = ask_words(&target, enumerated)? else { return Ok(Err(0)) };
         let bytes = if liveness == Liveness::Answers { Some(read_at(&target, 0, SIZE)?) } else { None };
         match bytes {
             Some(bytes) if bytes.len() < 64 => Ok(Err(bytes.len())),
@@ -122,12 +141,6 @@ pub(crate) fn ask(root: &SysRoot, bdf: Bdf) -> Result<(Liveness, Option<ConfigSp
 
 fn file(root: &SysRoot, bdf: Bdf) -> PathBuf {
     root.function(bdf).join("config")
-}
-
-/// Two bytes, read with one 2-byte access; none beyond the file's end.
-fn word(root: &SysRoot, bdf: Bdf, offset: u64) -> Result<Option<u16>, ConfigError> {
-    let bytes = bytes(root, bdf, offset, 2)?;
-    Ok(bytes.try_into().ok().map(u16::from_le_bytes))
 }
 
 fn bytes(root: &SysRoot, bdf: Bdf, offset: u64, length: usize) -> Result<Vec<u8>, ConfigError> {

@@ -1,12 +1,13 @@
 //! Reading the kernel's files with suspicion: bounded in size and, where the kernel can hold a reader up, in time.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc::{self, Receiver, SendError, Sender};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -238,39 +239,160 @@ fn stuck() -> MutexGuard<'static, HashSet<PathBuf>> {
     STUCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn late() -> io::Error {
+    let text = "the kernel does not answer: a reset or an unbind of the device has not finished";
+    io::Error::new(io::ErrorKind::TimedOut, text)
+}
+
+/// What a reader does; tells whether it may be given more.
+type Work = Box<dyn FnOnce(&Arc<Reader>) -> bool + Send>;
+
+/// A thread that reads for others.
+struct Reader(Sender<Work>);
+
+/// A reader that has ended its work and waits a moment for more: to make a thread costs more than most reads.
+static IDLE: Mutex<Option<Arc<Reader>>> = Mutex::new(None);
+
+fn idle() -> MutexGuard<'static, Option<Arc<Reader>>> {
+    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// For how long a reader waits for more.
+const REST: Duration = Duration::from_millis(100);
+
+/// Gives work to the reader that waits for some, or to a new one.
+fn hand_out(work: Work) -> io::Result<()> {
+    let waiting = idle().take();
+    let work = match waiting {
+        Some(reader) => match reader.0.send(work) {
+            Ok(()) => return Ok(()),
+            Err(SendError(work)) => work,
+        },
+        None => work,
+    };
+    let (sender, receiver) = mpsc::channel();
+    let own = Arc::new(Reader(sender));
+    thread::Builder::new().name("hw-probe-read".into()).spawn(move || read_for_others(&own, &receiver, work))?;
+    Ok(())
+}
+
+fn read_for_others(own: &Arc<Reader>, receiver: &Receiver<Work>, first: Work) {
+    let mut work = Some(first);
+    while let Some(now) = work.take() {
+        if !now(own) {
+            return;
+        }
+        work = receiver.recv_timeout(REST).ok();
+        if work.is_none() {
+            let mut idle = idle();
+            if idle.as_ref().is_some_and(|reader| Arc::ptr_eq(reader, own)) {
+                *idle = None;
+                return;
+            }
+            drop(idle);
+            // Somebody has just taken us, and sends.
+            work = receiver.recv().ok();
+        }
+    }
+}
+
 /// Runs `read` of `path` on a thread of its own and waits no longer than `patience`.
 pub(crate) fn patiently<T: Send + 'static>(
     path: PathBuf,
     patience: Duration,
     read: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    let late = || {
-        let text = "the kernel does not answer: a reset or an unbind of the device has not finished";
-        io::Error::new(io::ErrorKind::TimedOut, text)
-    };
-    if stuck().contains(&path) {
-        return Err(late());
-    }
-    before_access();
-    let (sender, receiver) = mpsc::channel();
-    let ended = Arc::new(AtomicBool::new(false));
-    let (key, done) = (path.clone(), Arc::clone(&ended));
-    thread::Builder::new().name("hw-probe-read".into()).spawn(move || {
-        let result = read();
-        let mut stuck = stuck();
-        // Relaxed: the flag is read and written only under the lock.
-        done.store(true, Ordering::Relaxed);
-        stuck.remove(&key);
-        // Nobody listens any more when the answer came too late.
-        let _ = sender.send(result);
-    })?;
-    receiver.recv_timeout(patience).unwrap_or_else(|_| {
-        let mut stuck = stuck();
-        if !ended.load(Ordering::Relaxed) {
-            stuck.insert(path);
+    patiently_each(vec![(path, read)], patience).pop().unwrap_or_else(|| Err(late()))
+}
+
+/// The same for many, one after another on one thread; each may take as long as `patience`, and one that hangs holds up none
+/// of the others. The results are in the order of `reads`.
+pub(crate) fn patiently_each<T, F>(reads: Vec<(PathBuf, F)>, patience: Duration) -> Vec<io::Result<T>>
+where
+    T: Send + 'static,
+    F: FnOnce() -> io::Result<T> + Send + 'static,
+{
+    let (mut results, mut waiting) = (Vec::new(), VecDeque::new());
+    for (index, (path, read)) in reads.into_iter().enumerate() {
+        // What has hung before says so until it is read.
+        results.push(Err(late()));
+        if !stuck().contains(&path) {
+            before_access();
+            waiting.push_back((index, path, read));
         }
-        Err(late())
+    }
+    let mut order: VecDeque<(usize, PathBuf)> = waiting.iter().map(|(index, path, _)| (*index, path.clone())).collect();
+    let waiting = Arc::new(Mutex::new(waiting));
+    while !order.is_empty() {
+        let (sender, receiver) = mpsc::channel();
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        if let Err(error) = hand_out(reading(Arc::clone(&waiting), Arc::clone(&is_given_up), sender)) {
+            for (index, _) in order {
+                results[index] = Err(io::Error::new(error.kind(), error.to_string()));
+            }
+            break;
+        }
+        while let Some((index, path)) = order.pop_front() {
+            let result = receiver.recv_timeout(patience).or_else(|_| {
+                let mut stuck = stuck();
+                // Readers answer under this lock: what is not there now comes too late.
+                receiver.try_recv().inspect_err(|_| {
+                    // Relaxed: the flag is read and written only under the lock.
+                    is_given_up.store(true, Ordering::Relaxed);
+                    stuck.insert(path);
+                })
+            });
+            match result {
+                Ok(result) => results[index] = result,
+                // The rest is for another reader.
+                Err(_) => break,
+            }
+        }
+    }
+    results
+}
+
+/// Reads what waits, in order, and answers each.
+fn reading<T, F>(
+    waiting: Arc<Mutex<VecDeque<(usize, PathBuf, F)>>>,
+    is_given_up: Arc<AtomicBool>,
+    answers: Sender<io::Result<T>>,
+) -> Work
+where
+    T: Send + 'static,
+    F: FnOnce() -> io::Result<T> + Send + 'static,
+{
+    let next = move || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    Box::new(move |own| {
+        let mut found = next();
+        while let Some((_, path, read)) = found.take() {
+            let result = read();
+            let mut stuck = stuck();
+            stuck.remove(&path);
+            if is_given_up.load(Ordering::Relaxed) {
+                return false;
+            }
+            found = next();
+            // Free before the answer is there: who has it may come with more at once.
+            let rests = found.is_none() && rest(own);
+            // Nobody listens any more when the answer came too late.
+            let _ = answers.send(result);
+            if found.is_none() {
+                return rests;
+            }
+        }
+        false
     })
+}
+
+/// Waits for more work, unless another reader does already.
+fn rest(own: &Arc<Reader>) -> bool {
+    let mut idle = idle();
+    let is_free = idle.is_none();
+    if is_free {
+        *idle = Some(Arc::clone(own));
+    }
+    is_free
 }
 
 #[cfg(test)]
@@ -308,6 +430,39 @@ mod tests {
             patiently(path.clone(), Duration::from_mins(1), || Ok(3)).ok()
         });
         assert_eq!(third, Some(3));
+    }
+
+    #[test]
+    fn of_many_reads_one_that_hangs_holds_up_no_other() {
+        type Read = Box<dyn FnOnce() -> io::Result<u8> + Send>;
+        let path = |number: u8| PathBuf::from(format!("/nowhere/{number}"));
+        let (release, hold) = mpsc::channel::<()>();
+        let (before, after): (Read, Read) = (Box::new(|| Ok(1)), Box::new(|| Ok(3)));
+        let hangs: Read = Box::new(move || {
+            let _ = hold.recv();
+            Ok(2)
+        });
+        let fails: Read = Box::new(|| Err(io::Error::from(io::ErrorKind::NotFound)));
+        let reads = vec![(path(1), before), (path(2), hangs), (path(3), after), (path(4), fails)];
+        let results = patiently_each(reads, Duration::from_secs(2));
+        let told: Vec<_> = results.into_iter().map(|result| result.map_err(|error| error.kind())).collect();
+        assert_eq!(told, [Ok(1), Err(io::ErrorKind::TimedOut), Ok(3), Err(io::ErrorKind::NotFound)]);
+        let again: Read = Box::new(|| Ok(2));
+        let told: Vec<_> = patiently_each(vec![(path(2), again)], Duration::from_mins(1));
+        assert_eq!(told[0].as_ref().unwrap_err().kind(), io::ErrorKind::TimedOut, "it is not asked again meanwhile");
+        release.send(()).unwrap();
+        assert!(patiently_each(Vec::<(PathBuf, Read)>::new(), Duration::ZERO).is_empty());
+    }
+
+    #[test]
+    fn reads_that_follow_each_other_need_no_thread_each() {
+        let mut threads = HashSet::new();
+        for number in 0..100 {
+            let read = || Ok(thread::current().id());
+            threads.insert(patiently(format!("/nowhere/{number}").into(), Duration::from_mins(1), read).unwrap());
+        }
+        // Tests that run beside this one have readers, too, and a reader that was not given work in time ends.
+        assert!(threads.len() < 50, "{} threads for 100 reads", threads.len());
     }
 
     #[test]
