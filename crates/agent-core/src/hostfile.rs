@@ -157,6 +157,16 @@ impl HostDir {
 
     /// Puts `bytes` under `name` with the permission bits `mode`, whole or not at all.
     pub fn write_atomic(&self, name: &str, bytes: &[u8], mode: u32) -> Result<(), HostFileError> {
+        self.write(name, bytes, mode, true)
+    }
+
+    /// The same for what nobody needs after a power cut, because its writer makes it anew at every start of the machine: a
+    /// reader of this boot sees the old bytes or the new ones, and no disk is waited for.
+    pub fn write_for_this_boot(&self, name: &str, bytes: &[u8], mode: u32) -> Result<(), HostFileError> {
+        self.write(name, bytes, mode, false)
+    }
+
+    fn write(&self, name: &str, bytes: &[u8], mode: u32, outlasts_power: bool) -> Result<(), HostFileError> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let path = self.child(name)?;
         let error = |action, source| HostFileError::Io { action, path: path.clone(), source };
@@ -171,12 +181,18 @@ impl HostDir {
             // The umask may have taken bits away.
             fchmod(&fd, mode).map_err(|source| error("write", source.into()))?;
             let mut file = File::from(fd);
-            file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|source| error("write", source))?;
+            file.write_all(bytes).map_err(|source| error("write", source))?;
+            if outlasts_power {
+                file.sync_all().map_err(|source| error("write", source))?;
+            }
             renameat(&self.fd, temporary.as_str(), &self.fd, name).map_err(|source| error("rename", source.into()))
         };
         if let Err(failure) = write() {
             let _ = unlinkat(&self.fd, temporary.as_str(), UnlinkatFlags::NoRemoveDir);
             return Err(failure);
+        }
+        if !outlasts_power {
+            return Ok(());
         }
         // The name itself: without this a power cut can bring the old file back. Some file systems cannot, and say EINVAL.
         match nix::unistd::fsync(&self.fd) {
@@ -309,7 +325,7 @@ mod tests {
         assert_eq!(mode(dir.path()), 0o755);
         assert_eq!(dir.read("x.json", 100).unwrap(), None);
         dir.write_atomic("x.json", b"one", 0o644).unwrap();
-        dir.write_atomic("x.json", b"two", 0o600).unwrap();
+        dir.write_for_this_boot("x.json", b"two", 0o600).unwrap();
         assert_eq!(dir.read("x.json", 3).unwrap().unwrap(), b"two");
         assert_eq!(mode(&dir.path().join("x.json")), 0o600);
         assert!(dir.exists("x.json").unwrap());

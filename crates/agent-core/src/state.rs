@@ -76,6 +76,10 @@ fn load<T: DeserializeOwned>(dir: &HostDir, name: &str, boot_id: &str) -> Result
 }
 
 fn store<T: Serialize>(value: &T, dir: &HostDir, name: &str) -> Result<(), StateError> {
+    Ok(dir.write_atomic(name, &text(value, dir, name)?, 0o644)?)
+}
+
+fn text<T: Serialize>(value: &T, dir: &HostDir, name: &str) -> Result<Vec<u8>, StateError> {
     let mut bytes =
         serde_json::to_vec(value).map_err(|source| StateError::Content { path: dir.path().join(name), source })?;
     bytes.push(b'\n');
@@ -120,7 +124,7 @@ impl UnitsFile {
 
     /// Replaces `units.json`.
     pub fn store(&self, dir: &HostDir) -> Result<(), StateError> {
-        store(self, dir, UNITS_FILE)
+        Ok(dir.write_for_this_boot(UNITS_FILE, &text(self, dir, UNITS_FILE)?, 0o644)?)
     }
 
     /// Whether both say the same, whenever they were written.

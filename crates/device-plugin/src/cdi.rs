@@ -106,7 +106,8 @@ impl CdiFolder {
             if folder.read(&name, LONGEST).is_ok_and(|found| found.as_deref() == Some(text.as_bytes())) {
                 continue;
             }
-            match folder.write_atomic(&name, text.as_bytes(), MODE) {
+            // The folder is in memory, and what is not in it after a power cut is written before the kubelet is told.
+            match folder.write_for_this_boot(&name, text.as_bytes(), MODE) {
                 Ok(()) => synced.written.push((resource.clone(), folder.path().join(name))),
                 Err(error) => {
                     synced.failed.insert(resource.clone(), chain(&error));

@@ -15,7 +15,7 @@ use agent_core::text::chain;
 use agent_core::uevents::DeviceEvents;
 use hw_probe::{AerCounts, Bdf, Holders, holders};
 use tokio::sync::watch;
-use tokio::task::{JoinError, JoinHandle, JoinSet, spawn_blocking};
+use tokio::task::{JoinError, JoinHandle, JoinSet, spawn_blocking, yield_now};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::cdi::{CdiFolder, Resolver, render};
@@ -242,8 +242,13 @@ impl Controller {
             self.apply(looked);
             // What was seen is older than what cc-manager has said meanwhile.
             let next = match self.learn(&mut devices).await {
+            // The kubelet first: it waits for this, and nobody waits for what follows.
+            yield_now().await;
                 Waited::Over => return Ok(()),
-                Waited::News => Instant::now(),
+                Waited::News => {
+                    self.show();
+                    Instant::now()
+                }
                 Waited::Done(()) if heard => Instant::now(),
                 Waited::Done(()) => next,
             };
@@ -313,6 +318,7 @@ impl Controller {
         if self.trouble.is_some() {
             return Waited::Done(());
         }
+            self.show();
         let socket = self.config.looks.pod_resources.clone();
         self.pods = match self.waiting(devices, async move { pods::ask(&socket).await }).await {
             Waited::Done(Some(Ok(pods))) => pods,
@@ -350,11 +356,10 @@ impl Controller {
             let mut now = withdrawn(&self.config.policy, seen, &now);
             self.write_cdi(&mut now);
             self.tell(now);
-        } else {
-            self.show();
         }
         self.say_what_is_not_seen();
         Waited::Done(())
+        self.show();
     }
 
     fn say_what_is_not_seen(&mut self) {
@@ -402,6 +407,7 @@ impl Controller {
         self.tell(now);
     }
 
+        self.show();
     /// From what was seen to what Kata finds and the kubelet hears, in this order: what is advertised can be resolved.
     fn apply(&mut self, looked: Result<Sight, String>) {
         let mut now = match looked {
@@ -585,7 +591,6 @@ impl Controller {
         self.units = now;
         self.metrics.told(&self.units);
         self.publish();
-        self.show();
     }
 
     /// Writes what is new before the kubelet is told of it, and keeps what goes until the kubelet has heard.
