@@ -26,7 +26,7 @@ use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::observe::{ObserveError, Places, observe};
 use crate::plugin::Plugin;
-use crate::pods::{self, Pods};
+use crate::pods::{self, Listener, Pods};
 use crate::quarantine::{Facts, Quarantine, SETTLED};
 use crate::server::{Manner, Role, Snapshot};
 use crate::units::{Fault, Observation, Policy, Unit, units, withdrawn};
@@ -145,6 +145,7 @@ pub async fn run(
         remarks: BTreeMap::new(),
         quarantine: Quarantine::new(settled),
         pods: Pods::Unknown("not asked yet".into()),
+        listener: Listener::default(),
         looked: Vec::new(),
         written: None,
     };
@@ -221,6 +222,7 @@ struct Controller {
     remarks: BTreeMap<Bdf, Vec<Remark>>,
     quarantine: Quarantine,
     pods: Pods,
+    listener: Listener,
     /// The units as the last look has found them, without those that are held back for their use.
     looked: Vec<Unit>,
     /// What was written for people last.
@@ -321,7 +323,7 @@ impl Controller {
             self.show();
         let socket = self.config.looks.pod_resources.clone();
         self.pods = match self.waiting(devices, async move { pods::ask(&socket).await }).await {
-            Waited::Done(Some(Ok(pods))) => pods,
+            Waited::Done(Some(Ok(answer))) => self.listener.hear(Instant::now(), answer, &self.book),
             Waited::Done(Some(Err(why))) => {
                 self.once("pod-resources", &why, |why| {
                     tracing::warn!(

@@ -85,9 +85,10 @@ enum ServeError {
 /// Which socket a path led to. Inode numbers are used again, so that the time of making belongs to it; a socket's
 /// modification time is that, and neither use nor a change of mode moves it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct SocketId(u64, u64, i64, i64);
+pub struct SocketId(u64, u64, i64, i64);
 
-fn socket_id(path: &Path) -> Option<SocketId> {
+/// The socket at a path; none where there is nothing.
+pub(crate) fn socket_id(path: &Path) -> Option<SocketId> {
     let meta = std::fs::symlink_metadata(path).ok()?;
     Some(SocketId(meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec()))
 }

@@ -1,19 +1,24 @@
 //! Which pod has which device: by the kubelet's pod-resources service, or, where that is not mounted, by its book.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use agent_core::text::chain;
 use hw_probe::{Inventory, PciFunction};
 use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerClient;
 use kubelet_api::pod_resources::{ListPodResourcesRequest, ListPodResourcesResponse};
 use kubelet_api::socket::connect;
+use tokio::time::Instant;
 
 use crate::checkpoint::{Book, Given};
+use crate::plugin::{SocketId, socket_id};
 use crate::units::Unit;
 
 /// Longest wait for connection and answer together.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// For so long after its start the kubelet may name some of its pods and not yet others: they come from several sources.
+const BEGINNING: Duration = Duration::from_mins(2);
 
 /// Resources of NVIDIA's plugins and of ours begin so.
 const RESOURCES: &str = "nvidia.com/";
@@ -25,6 +30,8 @@ pub enum Pods {
     Unknown(String),
     /// The kubelet's answer: every device of such a resource, with its pod as `namespace/name`.
     Told(Vec<Given>),
+    /// The answer of a kubelet that has just started and may not know all its pods, with what its book has besides.
+    Beginning(Vec<Given>),
     /// The kubelet's book, with the pods' UIDs. Pods that have ended stay in it until the kubelet admits another.
     Booked(Vec<Given>),
 }
@@ -45,6 +52,9 @@ impl Pods {
     pub fn source(&self) -> String {
         match self {
             Self::Told(_) => "the kubelet's pod-resources service".into(),
+            Self::Beginning(_) => {
+                "the kubelet's pod-resources service, and what it does not tell yet, its checkpoint".into()
+            }
             Self::Booked(_) => "the kubelet's checkpoint, which has ended pods until the next one is admitted".into(),
             Self::Unknown(why) => format!("not seen: {why}"),
         }
@@ -57,7 +67,7 @@ impl Pods {
 
     /// The pod that has a unit, under whatever ID a plugin has called it.
     pub fn of(&self, unit: &Unit, inventory: &Inventory) -> Option<&str> {
-        let (Self::Told(given) | Self::Booked(given)) = self else { return None };
+        let (Self::Told(given) | Self::Beginning(given) | Self::Booked(given)) = self else { return None };
         let names: Vec<String> = unit
             .functions
             .iter()
@@ -80,20 +90,84 @@ fn is_nvidias(resource: &str) -> bool {
     resource.starts_with(RESOURCES)
 }
 
+/// What the kubelet's pod-resources service has answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    given: Vec<Given>,
+    /// Whether it named any pod, with devices or without: a kubelet that knows of none has just started.
+    names_pods: bool,
+    service: SocketId,
+    /// How old the service's socket is.
+    age: Duration,
+}
+
+/// Knows for how long the kubelet may not tell of all pods: when it starts, its service answers before it has heard of them,
+/// while its book has their devices already.
+#[derive(Debug, Default)]
+pub struct Listener {
+    service: Option<(SocketId, Instant)>,
+    /// Whether this kubelet has told of all pods once.
+    is_whole: bool,
+}
+
+impl Listener {
+    /// What is known of the pods by this answer and the kubelet's book.
+    pub fn hear(&mut self, now: Instant, answer: Answer, book: &Book) -> Pods {
+        let Answer { mut given, names_pods, service, age } = answer;
+        let since = match self.service {
+            Some((known, since)) if known == service => since,
+            _ => {
+                self.is_whole = false;
+                self.service = Some((service, now));
+                now
+            }
+        };
+        let is_missing = |booked: &&Given| {
+            is_nvidias(&booked.resource)
+                && !given.iter().any(|told| told.resource == booked.resource && told.id == booked.id)
+        };
+        let missing: Vec<Given> = book.given().iter().filter(is_missing).cloned().collect();
+        let is_known = !matches!(book, Book::Unreadable(_));
+        let is_old = names_pods && age.max(now - since) >= BEGINNING;
+        self.is_whole = self.is_whole || is_known && missing.is_empty() || is_old;
+        match book {
+            _ if self.is_whole => Pods::Told(given),
+            Book::Unreadable(cause) => {
+                Pods::Unknown(format!("the kubelet has just started and may not tell of all pods, and {cause}"))
+            }
+            Book::Absent | Book::Read(_) => {
+                given.extend(missing);
+                given.sort();
+                Pods::Beginning(given)
+            }
+        }
+    }
+}
+
 /// Asks the kubelet; none where there is no socket to ask at. Waits 1 second at most.
-pub async fn ask(socket: &Path) -> Option<Result<Pods, String>> {
-    if socket.as_os_str().is_empty() || !socket.exists() {
+pub async fn ask(socket: &Path) -> Option<Result<Answer, String>> {
+    if socket.as_os_str().is_empty() {
         return None;
     }
+    let service = socket_id(socket)?;
     let ask = async {
         let channel = connect(socket, PATIENCE).await.map_err(|error| chain(&error))?;
         let answer = PodResourcesListerClient::new(channel).list(ListPodResourcesRequest {}).await;
         answer.map_err(|status| format!("the kubelet refused: {:?}: {}", status.code(), status.message()))
     };
-    Some(match tokio::time::timeout(PATIENCE, ask).await {
-        Ok(answer) => answer.map(|answer| Pods::Told(told(answer.into_inner()))),
+    let answer = match tokio::time::timeout(PATIENCE, ask).await {
+        Ok(answer) => answer.map(tonic::Response::into_inner),
         Err(_) => Err(format!("the kubelet has not answered on {} within {PATIENCE:?}", socket.display())),
-    })
+    };
+    Some(answer.and_then(|answer| {
+        if socket_id(socket) != Some(service) {
+            return Err("the kubelet has restarted while it was asked".to_owned());
+        }
+        let made = std::fs::metadata(socket).and_then(|meta| meta.modified());
+        // A clock that was set back makes it young, and no more.
+        let age = made.ok().and_then(|made| SystemTime::now().duration_since(made).ok()).unwrap_or_default();
+        Ok(Answer { names_pods: !answer.pod_resources.is_empty(), given: told(answer), service, age })
+    }))
 }
 
 fn told(answer: ListPodResourcesResponse) -> Vec<Given> {
@@ -164,6 +238,62 @@ mod tests {
         let book = Book::Read(vec![given("example.com/nic", "3"), given("nvidia.com/pgpu", "1")]);
         assert_eq!(Pods::by_book(&book), Pods::Booked(vec![given("nvidia.com/pgpu", "1")]));
         assert!(!Pods::by_book(&Book::Absent).are_known());
+    }
+
+    #[test]
+    fn a_kubelet_that_has_just_started_takes_no_pod_away() {
+        // After how many seconds, which kubelet, for how long its socket is there, what it tells, whether it names any pod, its
+        // book -> what is known
+        type Case<'a> = (u64, SocketId, u64, &'a [&'a Given], bool, Book, Pods);
+        let begun = Instant::now();
+        let here = tempfile::tempdir().unwrap();
+        let service = |name: &str| {
+            let path = here.path().join(name);
+            drop(std::os::unix::net::UnixListener::bind(&path));
+            socket_id(&path).unwrap()
+        };
+        let (first, second, third) = (service("a"), service("b"), service("c"));
+        let (one, other) = (given("nvidia.com/pgpu", "1"), given("nvidia.com/pgpu", "2"));
+        let book = |given: &[&Given]| Book::Read(given.iter().map(|given| (*given).clone()).collect());
+        let both = book(&[&one, &other]);
+        let (told, beginning) = (
+            |given: &[&Given]| Pods::Told(given.iter().map(|given| (*given).clone()).collect()),
+            |given: &[&Given]| Pods::Beginning(given.iter().map(|given| (*given).clone()).collect()),
+        );
+        let nic = given("example.com/nic", "3");
+        let cases: &[Case] = &[
+            // Young, and its book has what it does not tell.
+            (0, first, 0, &[], false, both.clone(), beginning(&[&one, &other])),
+            (1, first, 1, &[&one], true, both.clone(), beginning(&[&one, &other])),
+            (1, first, 2, &[&one, &other], true, both.clone(), told(&[&one, &other])),
+            // Once it has told of all, its word counts, whatever the book still has.
+            (1, first, 3, &[&one], true, both.clone(), told(&[&one])),
+            (1, first, 4, &[], true, both.clone(), told(&[])),
+            // Another kubelet, which names no pod for as long as it hears of none.
+            (1, second, 0, &[], false, both.clone(), beginning(&[&one, &other])),
+            (3600, second, 3600, &[], false, both.clone(), beginning(&[&one, &other])),
+            // It names some: a pod that ended while it was away is in its book, and is gone.
+            (1, second, 3601, &[&one], true, both.clone(), told(&[&one])),
+            // The clock was set back: it has been known for long enough.
+            (1, third, 0, &[&one], true, both.clone(), beginning(&[&one, &other])),
+            (BEGINNING.as_secs(), third, 0, &[&one], true, both.clone(), told(&[&one])),
+            // Nothing is missing.
+            (1, first, 0, &[], false, book(&[]), told(&[])),
+            (1, second, 0, &[], false, Book::Absent, told(&[])),
+            (1, first, 0, &[&one], false, book(&[&one, &nic]), told(&[&one])),
+        ];
+        let (mut listener, mut now) = (Listener::default(), begun);
+        for (at, (seconds, service, age, given, names_pods, book, pods)) in cases.iter().enumerate() {
+            now += Duration::from_secs(*seconds);
+            let given = given.iter().map(|given| (*given).clone()).collect();
+            let answer = Answer { given, names_pods: *names_pods, service: *service, age: Duration::from_secs(*age) };
+            assert_eq!(listener.hear(now, answer, book), *pods, "case {at}");
+        }
+        let young = |names_pods| Answer { given: vec![], names_pods, service: third, age: Duration::ZERO };
+        let broken = Book::Unreadable("it is broken".into());
+        let Pods::Unknown(why) = listener.hear(now, young(true), &broken) else { panic!("it is not known") };
+        assert!(why.contains("just started") && why.contains("it is broken"), "{why}");
+        assert_eq!(listener.hear(now + BEGINNING, young(true), &broken), told(&[]));
     }
 
     #[tokio::test]

@@ -271,6 +271,34 @@ async fn a_unit_that_is_held_without_a_pod_is_in_quarantine_until_it_is_let_go()
 }
 
 #[tokio::test]
+async fn a_kubelet_that_does_not_know_its_pods_yet_takes_no_unit_from_them() {
+    let node = Node::new().await;
+    let plugin = node.start(IdScheme::Pci, node.looks());
+    node.hears(BY_ADDRESS).await;
+    let id = node.pod("vm").await;
+    let cdev = if id == FIRST { "/dev/vfio/devices/vfio0" } else { "/dev/vfio/devices/vfio1" };
+    node.fake.process(4711, "qemu-system-x86", "0::/x\n", &[cdev]);
+    let _ = node.fake.get(&*id).power("auto", "active", "D0");
+
+    node.kubelet.set_unaware(true);
+    node.kubelet.restart(Duration::from_millis(50)).await.unwrap();
+    node.hears(BY_ADDRESS).await;
+    node.tells(&id, "the pod is that of the book", |unit| unit.pod.as_deref() == Some("uid-vm")).await;
+    let is_told = || node.told().is_some_and(|file| file.pods.contains("does not tell yet"));
+    until("it is told that the kubelet may not know all", is_told, || format!("{:?}", node.told())).await;
+    // Many looks, and five times as long as a unit must be in use without a pod.
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(node.list(), BY_ADDRESS);
+    assert!(plugin.counts("ccnode_plugin_quarantined_units 0"));
+
+    node.kubelet.set_unaware(false);
+    node.tells(&id, "the pod is told", |unit| unit.pod.as_deref() == Some("default/vm")).await;
+    node.kubelet.remove("default", "vm").await.unwrap();
+    plugin.comes_to_count("ccnode_plugin_quarantined_units 1").await;
+    node.end(plugin).await;
+}
+
+#[tokio::test]
 async fn without_the_pod_resources_service_the_kubelets_book_tells_the_pods() {
     let node = Node::new().await;
     let looks = Looks { pod_resources: PathBuf::new(), ..node.looks() };

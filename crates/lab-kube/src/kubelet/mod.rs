@@ -191,7 +191,7 @@ impl Kubelet {
             state.pods.retain(|_, record| !(record.api && matches!(record.phase, pods::Phase::Pending { .. })));
             state.same_boot = checkpoint.boot_id == checkpoint::boot_id();
             state.fresh_node = fresh_node;
-            state.sources_ready = standalone;
+            state.sources_ready = standalone && !state.faults.is_unaware;
             state.starts += 1;
             state.running = true;
         });
@@ -336,6 +336,14 @@ impl Kubelet {
     /// Fault: waits that long before it looks at a registration.
     pub fn set_register_delay(&self, delay: Duration) {
         self.shared.change(|state| state.faults.register_delay = delay);
+    }
+
+    /// Fault: knows none of its pods from its next start on, until this is taken back; its checkpoint has their devices.
+    pub fn set_unaware(&self, is_unaware: bool) {
+        self.shared.change(|state| {
+            state.faults.is_unaware = is_unaware;
+            state.sources_ready = state.sources_ready || !is_unaware;
+        });
     }
 
     /// Fault: pods take that long to end once they are deleted.

@@ -22,7 +22,9 @@ impl PodResourcesLister for Lister {
     ) -> Result<Response<pr::ListPodResourcesResponse>, Status> {
         let mut state = self.0.state();
         state.free_inactive();
-        let active = state.pods.values().filter(|record| record.phase.is_active());
+        // It has not heard of its pods yet.
+        let is_aware = state.is_aware();
+        let active = state.pods.values().filter(|record| is_aware && record.phase.is_active());
         let pod_resources = active.map(|record| of_pod(&state, &record.pod)).collect();
         Ok(Response::new(pr::ListPodResourcesResponse { pod_resources }))
     }
@@ -58,7 +60,7 @@ impl PodResourcesLister for Lister {
         let state = self.0.state();
         let found =
             state.pods.values().find(|record| record.pod.name == pod_name && record.pod.namespace == pod_namespace);
-        let Some(record) = found else {
+        let Some(record) = found.filter(|_| state.is_aware()) else {
             return Err(Status::unknown(format!("pod {pod_name} in namespace {pod_namespace} not found")));
         };
         Ok(Response::new(pr::GetPodResourcesResponse { pod_resources: Some(of_pod(&state, &record.pod)) }))

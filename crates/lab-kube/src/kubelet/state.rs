@@ -28,6 +28,8 @@ pub(crate) struct Faults {
     pub(crate) register_delay: Duration,
     /// Time between a pod's deletion and its end.
     pub(crate) stop_delay: Duration,
+    /// The kubelet has not heard of its pods since its start.
+    pub(crate) is_unaware: bool,
 }
 
 /// A connection to a plugin.
@@ -69,6 +71,11 @@ impl State {
         self.pods.iter().filter(|(_, record)| record.phase.is_active()).map(|(uid, _)| uid.clone()).collect()
     }
 
+    /// Whether it tells of its pods.
+    pub(crate) fn is_aware(&self) -> bool {
+        self.sources_ready || !self.faults.is_unaware
+    }
+
     /// Frees devices of pods that are gone or at their end.
     pub(crate) fn free_inactive(&mut self) {
         if self.sources_ready {
@@ -93,7 +100,7 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(config: Config) -> Arc<Self> {
         let state = State {
-            faults: Faults { register_delay: config.register_delay, stop_delay: config.stop_delay },
+            faults: Faults { register_delay: config.register_delay, stop_delay: config.stop_delay, is_unaware: false },
             ..State::default()
         };
         Arc::new(Self {
