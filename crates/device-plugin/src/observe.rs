@@ -11,7 +11,7 @@ use agent_core::text::chain;
 use hw_probe::config::liveness_of_each;
 use hw_probe::{Bdf, Inventory, SysRoot};
 
-use crate::units::{Observation, Verdicts};
+use crate::units::{Egm, Observation, Verdicts};
 
 /// Where to look.
 #[derive(Clone, Debug)]
@@ -53,6 +53,7 @@ pub fn observe(places: &Places) -> Result<Observation, ObserveError> {
         verdicts: verdicts(&places.state_dir, inventory.host.boot_id.as_deref()),
         given: BTreeSet::new(),
         wrong_nodes: wrong_nodes(&inventory, root),
+        egm: egm(root),
         inventory,
     })
 }
@@ -129,6 +130,34 @@ fn groups(inventory: &Inventory, root: &SysRoot) -> BTreeSet<u32> {
     groups.into_iter().filter(has_node).collect()
 }
 
+/// The extended memories whose device the kernel has made, by node. Their GPUs stand in `gpu_devices`; a driver that has no such
+/// file has a link to each GPU beside its other files.
+fn egm(root: &SysRoot) -> Vec<Egm> {
+    let class = root.join("sys/class/egm");
+    let Ok(entries) = std::fs::read_dir(&class) else { return Vec::new() };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut found: Vec<Egm> = names
+        .filter(|name| name.starts_with("egm") && numbers(&class.join(name).join("dev")).is_some())
+        .filter_map(|name| {
+            let folder = class.join(&name);
+            let gpus: BTreeSet<Bdf> = match std::fs::read_to_string(folder.join("gpu_devices")) {
+                // One that cannot be understood may be anybody's: then nobody has all of them.
+                Ok(text) => text.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?,
+                Err(_) => linked(&folder),
+            };
+            (!gpus.is_empty()).then(|| Egm { node: format!("/dev/{name}"), gpus })
+        })
+        .collect();
+    found.sort_by(|a, b| a.node.cmp(&b.node));
+    found
+}
+
+/// The entries of a folder that are addresses.
+fn linked(folder: &Path) -> BTreeSet<Bdf> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return BTreeSet::new() };
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+}
+
 fn verdicts(state_dir: &Path, boot_id: Option<&str>) -> Verdicts {
     let path = state_dir.join(DEVICES_FILE);
     let Some(boot_id) = boot_id else { return Verdicts::Unknown("The kernel's boot id cannot be read".into()) };
@@ -170,6 +199,35 @@ mod tests {
         let host = SysRoot::host();
         assert_eq!(mistake(&host, "/dev/null", (1, 3)), None);
         assert_eq!(mistake(&host, "/dev/null", (1, 5)).unwrap(), "it is 1:3 instead of 1:5");
+    }
+
+    #[test]
+    fn extended_memory_is_that_of_the_gpus_it_names() {
+        let fake = FakeSysfs::new();
+        assert_eq!(egm(&fake.root()), []);
+        let device = |name: &str, gpus: Option<&str>| {
+            fake.file(format!("sys/class/egm/{name}/dev"), "240:4\n");
+            fake.file(format!("sys/class/egm/{name}/egm_size"), "0x7000000000\n");
+            if let Some(gpus) = gpus {
+                fake.file(format!("sys/class/egm/{name}/gpu_devices"), gpus);
+            }
+        };
+        device("egm5", Some("0018:01:00.0 0019:01:00.0\n"));
+        device("egm4", None);
+        for gpu in ["0008:01:00.0", "0009:01:00.0"] {
+            fake.file(format!("sys/class/egm/egm4/{gpu}"), "");
+        }
+        device("egm6", None);
+        device("egm7", Some("0008:01:00.0 and more\n"));
+        device("other", Some("0008:01:00.0\n"));
+        fake.file("sys/class/egm/egm8/gpu_devices", "0008:01:00.0\n");
+        let of = |node: &str, gpus: [&str; 2]| Egm {
+            node: node.into(),
+            gpus: gpus.into_iter().map(|gpu| gpu.parse().unwrap()).collect(),
+        };
+        let expected =
+            [of("/dev/egm4", ["0008:01:00.0", "0009:01:00.0"]), of("/dev/egm5", ["0018:01:00.0", "0019:01:00.0"])];
+        assert_eq!(egm(&fake.root()), expected, "what has no GPUs, cannot be understood, or is no device is none");
     }
 
     #[test]

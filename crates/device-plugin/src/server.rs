@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::{Stream, StreamExt};
+use hw_probe::Bdf;
 use kubelet_api::device_plugin::{
     AllocateRequest, AllocateResponse, CdiDevice, ContainerAllocateResponse, ContainerPreferredAllocationRequest,
     ContainerPreferredAllocationResponse, Device, DevicePluginOptions, DeviceSpec, Empty, ListAndWatchResponse,
@@ -348,7 +349,7 @@ fn container(resource: &ResourceName, units: &[&Unit], manner: Manner) -> Contai
     // All legacy units share the container's node; it is named once.
     let mut nodes: Vec<String> = Vec::new();
     let mut seen: BTreeSet<String> = BTreeSet::new();
-    for node in units.iter().flat_map(|unit| unit_nodes(unit, manner)) {
+    for node in units.iter().flat_map(|unit| unit_nodes(unit, manner)).chain(extended_memory(units, manner)) {
         if seen.insert(node.clone()) {
             nodes.push(node);
         }
@@ -378,6 +379,16 @@ fn unit_nodes(unit: &Unit, manner: Manner) -> Vec<String> {
         }
         (Role::Kata, ..) | (Role::Kubevirt, _, Backend::Legacy) => unit.nodes.clone(),
     }
+}
+
+/// KubeVirt's virtual machines get the extended memory whose GPUs they have all: with fewer, two of them would share it.
+fn extended_memory(units: &[&Unit], manner: Manner) -> BTreeSet<String> {
+    if manner.role == Role::Kata {
+        return BTreeSet::new();
+    }
+    let given: BTreeSet<Bdf> = units.iter().flat_map(|unit| &unit.functions).copied().collect();
+    let whole = units.iter().flat_map(|unit| &unit.egm).filter(|egm| egm.gpus.is_subset(&given));
+    whole.map(|egm| egm.node.clone()).collect()
 }
 
 /// The variable in which virt-launcher looks for addresses: it makes the name from the resource's in this way, and leaves
@@ -417,7 +428,7 @@ mod tests {
     use kubelet_api::device_plugin::ContainerAllocateRequest;
 
     use super::*;
-    use crate::units::Fault;
+    use crate::units::{Egm, Fault};
 
     fn pgpu() -> ResourceName {
         "pgpu".parse().unwrap()
@@ -493,6 +504,34 @@ mod tests {
             assert_eq!(response.envs["PCI_RESOURCE_NVIDIA_COM_GH100_H100-SXM5"], "0000:01:00.0,0000:02:00.0");
             assert!(response.cdi_devices.is_empty() && response.annotations.is_empty(), "there are no CDI files");
         }
+    }
+
+    #[test]
+    fn extended_memory_goes_to_who_has_all_its_gpus_and_to_kubevirt_alone() {
+        let egm = |node: &str, gpus: &[&str]| Egm {
+            node: node.into(),
+            gpus: gpus.iter().map(|gpu| gpu.parse().unwrap()).collect(),
+        };
+        let all = ["0008:01:00.0", "0009:01:00.0", "0018:01:00.0"];
+        let (near, far) = (egm("/dev/egm4", &all[..2]), egm("/dev/egm5", &all[2..]));
+        let unit = |id: &str, egm: &Egm| Unit { egm: vec![egm.clone()], ..Unit::sample(id) };
+        let units = [unit(all[0], &near), unit(all[1], &near), unit(all[2], &far)];
+        let cases: &[(Role, &[&str], &[&str])] = &[
+            (Role::Kubevirt, &all, &["/dev/egm4", "/dev/egm5"]),
+            (Role::Kubevirt, &all[..2], &["/dev/egm4"]),
+            (Role::Kubevirt, &all[1..], &["/dev/egm5"]),
+            (Role::Kubevirt, &all[..1], &[]),
+            (Role::Kata, &all, &[]),
+        ];
+        for (role, ids, nodes) in cases {
+            let manner = Manner { role: *role, ..Manner::default() };
+            let given = allocate(&pgpu(), &units, &ask(&[ids]), manner).unwrap();
+            assert_eq!(paths(&given.response.container_responses[0]), *nodes, "{role:?} {ids:?}");
+        }
+        // The GPUs of one memory in two containers are not all in one.
+        let manner = Manner { role: Role::Kubevirt, ..Manner::default() };
+        let given = allocate(&pgpu(), &units, &ask(&[&all[..1], &all[1..2]]), manner).unwrap();
+        assert!(given.response.container_responses.iter().all(|response| response.devices.is_empty()));
     }
 
     #[test]

@@ -92,6 +92,18 @@ pub struct Observation {
     pub given: BTreeSet<(String, String)>,
     /// Device nodes in a `/dev` of the kernel's own that are not what sysfs says, and how.
     pub wrong_nodes: BTreeMap<String, String>,
+    /// Memory of the host that GPUs use as their own.
+    pub egm: Vec<Egm>,
+}
+
+/// Extended GPU memory of a Grace node: memory of a CPU socket that the GPUs of that socket use as their own. Only who has all
+/// of them may have it (operator-contract section 8).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Egm {
+    /// Its device node, `/dev/egm4`.
+    pub node: String,
+    /// The GPUs.
+    pub gpus: BTreeSet<Bdf>,
 }
 
 /// cc-manager's word on the devices.
@@ -132,6 +144,8 @@ pub struct Unit {
     /// Nodes of both interfaces, as far as the kernel offers them: the container's and the group's, the functions' own,
     /// and iommufd's. KubeVirt opens what it likes.
     pub all_nodes: Vec<String>,
+    /// The extended memories that its functions share in.
+    pub egm: Vec<Egm>,
     /// NUMA nodes.
     pub numa: BTreeSet<u32>,
     /// The bridges above the GPU or switch, nearest first.
@@ -168,6 +182,7 @@ impl Unit {
             backend: Backend::Iommufd,
             nodes: Vec::new(),
             all_nodes: Vec::new(),
+            egm: Vec::new(),
             numa: BTreeSet::new(),
             upstream: Vec::new(),
             ppcie: false,
@@ -395,6 +410,12 @@ fn unit(policy: &Policy, seen: &Observation, before: &[Unit], mains: &[&PciFunct
         backend,
         nodes: nodes.unwrap_or_default(),
         all_nodes: all_nodes(seen, lead, &bound),
+        egm: seen
+            .egm
+            .iter()
+            .filter(|egm| members.iter().any(|member| egm.gpus.contains(&member.bdf)))
+            .cloned()
+            .collect(),
         upstream: lead.upstream.clone(),
         ppcie: is_ppcie(seen, lead),
         numa: mains.iter().filter_map(|main| main.numa_node).collect(),
