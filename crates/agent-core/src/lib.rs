@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backoff;
+pub mod cdi;
 pub mod features;
 pub mod health;
 pub mod hostfile;

@@ -83,7 +83,7 @@ fn text<T: Serialize>(value: &T, dir: &HostDir, name: &str) -> Result<Vec<u8>, S
     let mut bytes =
         serde_json::to_vec(value).map_err(|source| StateError::Content { path: dir.path().join(name), source })?;
     bytes.push(b'\n');
-    Ok(dir.write_atomic(name, &bytes, 0o644)?)
+    Ok(bytes)
 }
 
 impl DevicesFile {
@@ -122,7 +122,7 @@ impl UnitsFile {
         load(dir, UNITS_FILE, boot_id)
     }
 
-    /// Replaces `units.json`.
+    /// Replaces `units.json`, which is of no use after this boot.
     pub fn store(&self, dir: &HostDir) -> Result<(), StateError> {
         Ok(dir.write_for_this_boot(UNITS_FILE, &text(self, dir, UNITS_FILE)?, 0o644)?)
     }
@@ -354,9 +354,23 @@ pub struct UnitsFile {
     /// Why it cannot be seen of some units whether they are in use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blind: Option<String>,
+    /// CDI files of whomever by which Kata may start no pod with devices at all, by path.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cdi_problems: Vec<FileProblem>,
     /// Every unit, by resource and ID.
     #[serde(default)]
     pub units: Vec<UnitRecord>,
+}
+
+/// A file that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FileProblem {
+    /// The file.
+    pub path: String,
+    /// What is wrong with it.
+    #[serde(flatten)]
+    pub error: ErrorRecord,
 }
 
 /// One thing that the kubelet can hand out.

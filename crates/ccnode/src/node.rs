@@ -187,29 +187,12 @@ fn cdi_file(folder: &Path, file: String) -> CdiFile {
     match parsed {
         Ok(Spec { version, kind, devices }) => {
             let devices: Vec<String> = devices.into_iter().map(|device| device.name).collect();
-            let trouble = trouble(&version, &kind, &devices);
+            let trouble = agent_core::cdi::trouble(&version, &kind, devices.iter().map(String::as_str));
             CdiFile { file, cdi_kind: Some(kind), cdi_version: Some(version), cdi_devices: devices, trouble }
         }
         Err(trouble) => {
             CdiFile { file, cdi_kind: None, cdi_version: None, cdi_devices: Vec::new(), trouble: Some(trouble) }
         }
-    }
-}
-
-fn trouble(version: &str, kind: &str, devices: &[String]) -> Option<String> {
-    // What the library of Kata's Go runtime knows (operator-contract section 7.7).
-    const KNOWN: [&str; 5] = ["0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.3"];
-    let different: BTreeSet<&String> = devices.iter().collect();
-    if !KNOWN.contains(&version) {
-        Some(format!("Has version {version:?}, which Kata's Go runtime does not know: it knows 0.3.0 to 0.6.0"))
-    } else if kind.split_once('/').is_none_or(|(vendor, class)| vendor.is_empty() || class.is_empty()) {
-        Some(format!("Has kind {kind:?}, which is not of the form vendor/class"))
-    } else if devices.is_empty() {
-        Some("Has no devices".into())
-    } else if different.len() < devices.len() {
-        Some("Names a device twice".into())
-    } else {
-        None
     }
 }
 

@@ -9,7 +9,8 @@
 //! by serde, and that what is written is valid is tested with the kubelet stand-in's reader, which is strict and was written
 //! from CDI's rules alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
@@ -170,6 +171,8 @@ fn is_ours(resource: &ResourceName, text: &str) -> bool {
 /// A CDI file as far as it matters here: which devices it defines, by which nodes.
 #[derive(Deserialize)]
 struct Spec {
+    #[serde(rename = "cdiVersion")]
+    version: String,
     kind: String,
     #[serde(default)]
     devices: Vec<SpecDevice>,
@@ -218,8 +221,39 @@ pub struct Resolver {
 pub struct Resolved {
     /// Why a unit that has nodes does not resolve to them, by resource and ID.
     pub failed: BTreeMap<(ResourceName, String), String>,
-    /// Files that do not parse. They may keep every Kata pod from starting, and are not ours.
-    pub problems: BTreeMap<PathBuf, String>,
+    /// Files that may keep every Kata pod from starting, and are not ours.
+    pub problems: BTreeMap<PathBuf, Problem>,
+}
+
+/// What is wrong with a file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    /// It cannot be read, does not parse, or is not valid.
+    #[error(
+        "Kata's Go runtime starts no pod with devices while this file is there, which it cannot read: {0}; repair or remove it"
+    )]
+    Broken(String),
+    /// It defines a device that another file of the same folder defines as well.
+    #[error(
+        "Kata's Go runtime starts no pod with devices while this file defines {device}, which {} defines, too; remove one of \
+         them", .other.display()
+    )]
+    Conflict {
+        /// The device.
+        device: String,
+        /// The other file.
+        other: PathBuf,
+    },
+}
+
+impl Problem {
+    /// A stable code for logs and metrics.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Broken(_) => "cdi-broken",
+            Self::Conflict { .. } => "cdi-conflict",
+        }
+    }
 }
 
 impl Resolver {
@@ -237,10 +271,10 @@ impl Resolver {
     /// Looks whether each of `units` that has nodes resolves to just these.
     pub fn check(&mut self, units: &[Unit]) -> Resolved {
         let files = self.refresh();
-        let mut resolved = Resolved::default();
+        let mut resolved = Resolved { problems: self.conflicts(&files, units), ..Resolved::default() };
         for (path, (_, content)) in &self.read {
             if let Err(reason) = content {
-                resolved.problems.insert(path.clone(), reason.clone());
+                resolved.problems.insert(path.clone(), Problem::Broken(reason.clone()));
             }
         }
         for unit in units.iter().filter(|unit| !unit.nodes.is_empty()) {
@@ -249,6 +283,30 @@ impl Resolver {
             }
         }
         resolved
+    }
+
+    /// Files that define a device of another file of their folder. Of two the one that is not ours is told, else the later.
+    fn conflicts(&self, files: &[Vec<PathBuf>], units: &[Unit]) -> BTreeMap<PathBuf, Problem> {
+        let ours: BTreeSet<String> = units.iter().map(|unit| file_name(&unit.resource)).collect();
+        let is_ours = |path: &Path| path.file_name().and_then(OsStr::to_str).is_some_and(|name| ours.contains(name));
+        let mut conflicts = BTreeMap::new();
+        for folder in files {
+            let mut owners: BTreeMap<&str, &PathBuf> = BTreeMap::new();
+            // Ours first, whatever they are called.
+            let mut order: Vec<&PathBuf> = folder.iter().collect();
+            order.sort_by_key(|path| !is_ours(path));
+            for path in order {
+                let Some((_, Ok(devices))) = self.read.get(path) else { continue };
+                for device in devices.keys() {
+                    if let Some(other) = owners.insert(device, path) {
+                        owners.insert(device, other);
+                        let conflict = Problem::Conflict { device: device.clone(), other: other.clone() };
+                        conflicts.entry(path.clone()).or_insert(conflict);
+                    }
+                }
+            }
+        }
+        conflicts
     }
 
     /// A device of a later folder is taken before one of an earlier folder; two in one folder make it no device.
@@ -312,6 +370,11 @@ fn specs(folder: &Path) -> Vec<PathBuf> {
 fn devices(path: &Path) -> Result<Devices, String> {
     let text = text(path).map_err(|error| error.to_string())?;
     let spec: Spec = serde_saphyr::from_str(&text).map_err(|error| first_line(&error.to_string()))?;
+    if let Some(trouble) =
+        agent_core::cdi::trouble(&spec.version, &spec.kind, spec.devices.iter().map(|device| device.name.as_str()))
+    {
+        return Err(trouble);
+    }
     let nodes = |edits: Edits| edits.device_nodes.into_iter().map(|node| node.host_path.unwrap_or(node.path)).collect();
     Ok(spec.devices.into_iter().map(|d| (format!("{}={}", spec.kind, d.name), nodes(d.container_edits))).collect())
 }
@@ -520,21 +583,61 @@ devices:
         CdiFolder::new(place.path().join("run"))
             .sync(&files(&[("pgpu", &render(&pgpu(), std::slice::from_ref(&unit)).unwrap())]));
         let foreign = place.path().join("etc/foreign.yaml");
-        for (text, is_broken) in
-            [("kind: a.b/c\n", false), ("kind: [", true), ("a: b\n", true), ("kind: a.b/cc\n", false)]
-        {
+        for (text, words) in [
+            ("cdiVersion: 0.5.0\nkind: a.b/c\ndevices: [{name: x}]\n", ""),
+            ("kind: [", "repair or remove it"),
+            ("a: b\n", "missing field"),
+            ("cdiVersion: 0.7.0\nkind: a.b/c\ndevices: [{name: x}]\n", "it knows 0.3.0 to 0.6.0"),
+            ("cdiVersion: 0.5.0\nkind: a.b/c\n", "no devices"),
+            ("cdiVersion: 0.5.0\nkind: a.b/cc\ndevices: [{name: x}]\n", ""),
+        ] {
             std::fs::write(&foreign, text).unwrap();
             let checked = resolver.check(std::slice::from_ref(&unit));
             assert!(checked.failed.is_empty(), "{checked:?}");
-            assert_eq!(checked.problems.contains_key(&foreign), is_broken, "{text:?}: {checked:?}");
+            let problem = checked.problems.get(&foreign);
+            assert_eq!(problem.is_some(), !words.is_empty(), "{text:?}: {checked:?}");
+            if let Some(problem) = problem {
+                assert_eq!(problem.code(), "cdi-broken");
+                assert!(problem.to_string().contains(words), "{text:?}: {problem}");
+            }
         }
         std::fs::remove_file(&foreign).unwrap();
         nix::unistd::mkfifo(&foreign, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let checked = resolver.check(std::slice::from_ref(&unit));
-        assert!(checked.problems[&foreign].contains("not a regular file"), "{checked:?}");
+        assert!(checked.problems[&foreign].to_string().contains("not a regular file"), "{checked:?}");
         std::fs::remove_file(&foreign).unwrap();
         assert!(resolver.check(&[unit]).problems.is_empty());
         assert_eq!(resolver.read.len(), 1);
+    }
+
+    #[test]
+    fn of_two_files_that_define_one_device_the_foreign_one_is_told() {
+        // Files -> the one that is told, its device and the other.
+        type Case<'a> = (&'a [(&'a str, &'a str)], Option<(&'a str, &'a str, &'a str)>);
+        let unit = unit("1", &["/dev/vfio/devices/vfio1"]);
+        let ours = render(&pgpu(), std::slice::from_ref(&unit)).unwrap();
+        let foreign = "cdiVersion: 0.5.0\nkind: a.b/c\ndevices: [{name: x}]\n";
+        let cases: &[Case] = &[
+            (
+                &[("run/nvidia.com-pgpu.yaml", &ours), ("run/a.yaml", &ours)],
+                Some(("run/a.yaml", "nvidia.com/pgpu=1", "run/nvidia.com-pgpu.yaml")),
+            ),
+            (&[("run/a.yaml", foreign), ("run/b.yaml", foreign)], Some(("run/b.yaml", "a.b/c=x", "run/a.yaml"))),
+            (&[("etc/a.yaml", foreign), ("run/b.yaml", foreign)], None),
+        ];
+        for (files, told) in cases {
+            let (place, mut resolver) = kata();
+            for (name, text) in *files {
+                std::fs::write(place.path().join(name), text).unwrap();
+            }
+            let problems = resolver.check(std::slice::from_ref(&unit)).problems;
+            let expected = told.map(|(path, device, other)| {
+                let problem = Problem::Conflict { device: device.into(), other: place.path().join(other) };
+                assert_eq!(problem.code(), "cdi-conflict");
+                (place.path().join(path), problem)
+            });
+            assert_eq!(problems, expected.into_iter().collect(), "{files:?}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use agent_core::http::StateDump;
 use agent_core::metrics::Metrics;
 use agent_core::readiness::{Guard, Registry};
 use agent_core::shutdown::Shutdown;
-use agent_core::state::{ErrorRecord, Origin, UNITS_DIR, UnitRecord, UnitsFile};
+use agent_core::state::{ErrorRecord, FileProblem, Origin, UNITS_DIR, UnitRecord, UnitsFile};
 use agent_core::text::chain;
 use agent_core::uevents::DeviceEvents;
 use hw_probe::{AerCounts, Bdf, Holders, holders};
@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle, JoinSet, spawn_blocking, yield_now};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::cdi::{CdiFolder, Resolver, render};
+use crate::cdi::{CdiFolder, Problem, Resolver, render};
 use crate::checkpoint::{self, Book, Decision, Lately};
 use crate::features::FeatureFile;
 use crate::health::{self, Errors, FlapRule, Flaps, Remark};
@@ -127,7 +127,7 @@ pub async fn run(
         resolver: Resolver::new([config.cdi_static_dir.clone(), config.cdi_dir.clone()]),
         changes: FolderWatch::new(&config.cdi_dir),
         leaving: BTreeMap::new(),
-        broken: BTreeMap::new(),
+        problems: BTreeMap::new(),
         config,
         shutdown,
         readiness,
@@ -193,8 +193,8 @@ struct Controller {
     changes: FolderWatch,
     /// Units that the kubelet was told are of no use, and that the CDI files have until then.
     leaving: BTreeMap<(ResourceName, String), (Instant, Unit)>,
-    /// CDI files that do not parse, as they were logged last.
-    broken: BTreeMap<PathBuf, String>,
+    /// CDI files of others by which Kata may start no pod, as they were told last.
+    problems: BTreeMap<PathBuf, Problem>,
     shutdown: Shutdown,
     readiness: Registry,
     scanned: Guard,
@@ -242,10 +242,10 @@ impl Controller {
             let Some((looked, pending)) = looked else { return Ok(()) };
             self.pending = pending;
             self.apply(looked);
-            // What was seen is older than what cc-manager has said meanwhile.
-            let next = match self.learn(&mut devices).await {
             // The kubelet first: it waits for this, and nobody waits for what follows.
             yield_now().await;
+            // What was seen is older than what cc-manager has said meanwhile.
+            let next = match self.learn(&mut devices).await {
                 Waited::Over => return Ok(()),
                 Waited::News => {
                     self.show();
@@ -318,9 +318,9 @@ impl Controller {
     async fn learn(&mut self, devices: &mut DeviceEvents) -> Waited<()> {
         // What is not seen is not judged anew.
         if self.trouble.is_some() {
+            self.show();
             return Waited::Done(());
         }
-            self.show();
         let socket = self.config.looks.pod_resources.clone();
         self.pods = match self.waiting(devices, async move { pods::ask(&socket).await }).await {
             Waited::Done(Some(Ok(answer))) => self.listener.hear(Instant::now(), answer, &self.book),
@@ -359,9 +359,9 @@ impl Controller {
             self.write_cdi(&mut now);
             self.tell(now);
         }
+        self.show();
         self.say_what_is_not_seen();
         Waited::Done(())
-        self.show();
     }
 
     fn say_what_is_not_seen(&mut self) {
@@ -407,9 +407,9 @@ impl Controller {
         seen.hear(&self.config.places);
         let now = withdrawn(&self.config.policy, seen, &self.units);
         self.tell(now);
+        self.show();
     }
 
-        self.show();
     /// From what was seen to what Kata finds and the kubelet hears, in this order: what is advertised can be resolved.
     fn apply(&mut self, looked: Result<Sight, String>) {
         let mut now = match looked {
@@ -570,6 +570,7 @@ impl Controller {
             ids_reason: self.ids.as_ref().map_or_else(|| "--device-id-scheme".to_owned(), |ids| ids.why.to_string()),
             pods: self.pods.source(),
             blind: self.blind(),
+            cdi_problems: self.problems.iter().map(file_problem).collect(),
             units: self.units.iter().map(record).collect(),
         }
     }
@@ -631,14 +632,18 @@ impl Controller {
                 resolved.failed.get(&named(unit)).cloned().map(Fault::CdiConflict)
             };
         }
-        for (path, reason) in resolved.problems.iter().filter(|(path, reason)| self.broken.get(*path) != Some(reason)) {
+        let is_new = |(path, problem): &(&PathBuf, &Problem)| self.problems.get(*path) != Some(problem);
+        for (path, problem) in resolved.problems.iter().filter(is_new) {
             tracing::warn!(
-                event = "cdi_broken", path = %path.display(), reason,
-                "A CDI file does not parse, which may keep every Kata pod on this node from starting; repair or remove it"
+                event = "cdi_problem", path = %path.display(), code = problem.code(), reason = %problem,
+                "A CDI file of this node may keep every Kata pod from starting"
             );
         }
-        self.metrics.cdi_problems(resolved.problems.len());
-        self.broken = resolved.problems;
+        for path in self.problems.keys().filter(|path| !resolved.problems.contains_key(*path)) {
+            tracing::info!(event = "cdi_problem_gone", path = %path.display(), "Nothing is wrong with this CDI file any more");
+        }
+        self.metrics.cdi_problems(&resolved.problems);
+        self.problems = resolved.problems;
     }
 
     /// Hands each resource its units, and brings a resource to life that has none yet.
@@ -697,6 +702,11 @@ async fn look_within(mut look: Look) -> (Result<Sight, String>, Option<Look>) {
         Ok(Ok(Err(error))) => (Err(chain(&error)), None),
         Ok(Err(error)) => (Err(chain(&error)), None),
     }
+}
+
+fn file_problem((path, problem): (&PathBuf, &Problem)) -> FileProblem {
+    let error = ErrorRecord { code: problem.code().to_owned(), message: problem.to_string() };
+    FileProblem { path: path.display().to_string(), error }
 }
 
 /// What the kubelet and CDI call it.

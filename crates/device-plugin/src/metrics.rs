@@ -1,6 +1,7 @@
 //! What the agent counts. Labels are the node's resources and fixed words: nothing grows with time or with pods.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_core::metrics::Metrics;
@@ -11,11 +12,14 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 
+use crate::cdi::Problem;
 use crate::health::{Fall, Remark};
 use crate::names::ResourceName;
 use crate::units::{Fault, IdScheme, Unit};
 
 const ALLOCATION_SECONDS: [f64; 8] = [0.000_01, 0.000_02, 0.000_05, 0.000_1, 0.001, 0.01, 0.1, 1.0];
+/// Anybody may write files: so many are named.
+const FILES: usize = 16;
 const REGISTER_SECONDS: [f64; 8] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -61,6 +65,12 @@ struct DeviceLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FileLabels {
+    file: String,
+    code: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct SchemeLabels {
     scheme: &'static str,
     reason: &'static str,
@@ -77,6 +87,7 @@ pub(crate) struct PluginMetrics {
     register_seconds: Family<ResourceLabel, Histogram, fn() -> Histogram>,
     kubelet_restarts: Family<ResourceLabel, Counter>,
     cdi_problems: Gauge,
+    cdi_problem: Family<FileLabels, Gauge>,
     flaps: Family<FlapLabels, Counter>,
     quarantined: Gauge,
     pods: Family<PodLabels, Gauge>,
@@ -96,6 +107,7 @@ impl PluginMetrics {
             register_seconds: Family::new_with_constructor(|| Histogram::new(REGISTER_SECONDS)),
             kubelet_restarts: Family::default(),
             cdi_problems: Gauge::default(),
+            cdi_problem: Family::default(),
             flaps: Family::default(),
             quarantined: Gauge::default(),
             pods: Family::default(),
@@ -140,8 +152,13 @@ impl PluginMetrics {
         );
         registry.register(
             "plugin_cdi_problem_files",
-            "CDI files on the node, of whomever, that do not parse and so may keep every Kata pod from starting",
+            "CDI files on the node, of whomever, that may keep every Kata pod from starting",
             metrics.cdi_problems.clone(),
+        );
+        registry.register(
+            "plugin_cdi_problem",
+            "1 for each of these files, with its path and what is wrong with it; the first 16 by path",
+            metrics.cdi_problem.clone(),
         );
         registry.register(
             "plugin_health_flaps",
@@ -242,7 +259,13 @@ impl PluginMetrics {
         self.partial_domains.get_or_create(&ResourceLabel { resource: resource.to_string() }).inc();
     }
 
-    pub(crate) fn cdi_problems(&self, files: usize) {
-        self.cdi_problems.set(i64::try_from(files).unwrap_or(i64::MAX));
+    /// CDI files of others that are in Kata's way.
+    pub(crate) fn cdi_problems(&self, files: &BTreeMap<PathBuf, Problem>) {
+        self.cdi_problems.set(i64::try_from(files.len()).unwrap_or(i64::MAX));
+        self.cdi_problem.clear();
+        for (path, problem) in files.iter().take(FILES) {
+            let labels = FileLabels { file: path.display().to_string(), code: problem.code() };
+            self.cdi_problem.get_or_create(&labels).set(1);
+        }
     }
 }

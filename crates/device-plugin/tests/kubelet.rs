@@ -606,8 +606,17 @@ async fn a_foreign_file_that_defines_a_unit_takes_it_from_kata_and_so_from_the_k
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
     let broken = |count: u8| format!("ccnode_plugin_cdi_problem_files {count}\n");
     until("the broken file is counted", || node.metrics.encode().unwrap().contains(&broken(1))).await;
+    let named = format!("ccnode_plugin_cdi_problem{{file=\"{}\",code=\"cdi-broken\"}} 1", foreign.display());
+    until("the broken file is named", || node.metrics.encode().unwrap().contains(&named)).await;
+    let told = || {
+        let text = std::fs::read_to_string(node.plugins().join("ccnode/units.json")).unwrap_or_default();
+        text.contains(&format!("\"path\":\"{}\",\"code\":\"cdi-broken\"", foreign.display()))
+    };
+    until("people are told of the file", told).await;
     std::fs::remove_file(&foreign).unwrap();
     until("no file is broken", || node.metrics.encode().unwrap().contains(&broken(0))).await;
+    assert!(!node.metrics.encode().unwrap().contains("cdi-broken"));
+    until("nor do people hear of one", || !told()).await;
 
     // Ours is put right as soon as somebody has changed it.
     let ours = node.cdi("pgpu").unwrap();

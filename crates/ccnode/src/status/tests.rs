@@ -3,8 +3,8 @@ use std::sync::Arc;
 
 use agent_core::hostfile::HostDir;
 use agent_core::state::{
-    BindingRecord, BindingsFile, CcStatus, DEVICES_FILE, DeviceRecord, DeviceStatus, DevicesFile, Identity, Origin,
-    Transition, UNITS_DIR, UNITS_FILE, UnitRecord, UnitsFile, state_dir,
+    BindingRecord, BindingsFile, CcStatus, DEVICES_FILE, DeviceRecord, DeviceStatus, DevicesFile, FileProblem,
+    Identity, Origin, Transition, UNITS_DIR, UNITS_FILE, UnitRecord, UnitsFile, state_dir,
 };
 use hw_probe::Inventory;
 use hw_probe::testing::FakeSysfs;
@@ -613,6 +613,7 @@ fn units_file() -> UnitsFile {
         ids_reason: "no pod has a device under a number".to_owned(),
         pods: "the kubelet's pod-resources service".to_owned(),
         blind: None,
+        cdi_problems: Vec::new(),
         units: vec![first, second],
     }
 }
@@ -638,6 +639,8 @@ fn the_units_are_told_as_the_kubelet_was() {
     file.ids = "iommu".to_owned();
     file.ids_reason = "pod x has device 0".to_owned();
     file.blind = Some("no hostPID".to_owned());
+    let unreadable = error("cdi-broken", "Kata's Go runtime starts no pod");
+    file.cdi_problems.push(FileProblem { path: "/etc/cdi/x.yaml".to_owned(), error: unreadable });
     file.units[0].remarks.push("The link has 4 of 16 lanes".to_owned());
     file.store(&units_dir(&scene)).unwrap();
     let mut facts = scene.facts();
@@ -651,6 +654,8 @@ fn the_units_are_told_as_the_kubelet_was() {
     ] {
         assert!(shown.lines().any(|line| line.starts_with("note: ") && line.contains(note)), "{note}: {shown}");
     }
+    let of_file = "/etc/cdi/x.yaml: Kata's Go runtime starts no pod (cdi-broken)";
+    assert!(shown.lines().any(|line| line == of_file), "{shown}");
     let told: Value = serde_json::from_str(&as_json(&facts).unwrap()).unwrap();
     let kubelet = &told["kubelet"];
     assert_eq!(
@@ -658,6 +663,8 @@ fn the_units_are_told_as_the_kubelet_was() {
         (&json!("read"), &json!("gone"), &json!("iommu"))
     );
     assert_eq!(kubelet["units"][1]["error"]["code"], "dead");
+    assert_eq!(kubelet["cdi_problems"][0]["path"], "/etc/cdi/x.yaml");
+    assert_eq!(kubelet["cdi_problems"][0]["code"], "cdi-broken");
     assert_eq!(kubelet["units"][0]["pod"], "ml/train-0");
 }
 
@@ -698,6 +705,7 @@ fn no_text_of_the_units_does_harm() {
         unit.error = Some(error(&hostile, &hostile));
     }
     (file.ids_reason, file.pods, file.blind) = (hostile.clone(), hostile.clone(), Some(hostile.clone()));
+    file.cdi_problems.push(FileProblem { path: hostile.clone(), error: error(&hostile, &hostile) });
     file.ids = "iommu".to_owned();
     file.store(&units_dir(&scene)).unwrap();
     let facts = scene.facts();
@@ -756,7 +764,7 @@ fn the_document_has_these_fields() {
             "devices": [device(A, "nvidia".into(), holders), device(B, Value::Null, json!([]))],
             "kubelet": {
                 "answer": "absent", "trouble": null, "plugin": "not-seen", "written_at": null, "ids": null, "ids_reason": null,
-                "pods": null, "blind": null, "units": [],
+                "pods": null, "blind": null, "cdi_problems": [], "units": [],
             },
             "remarks": ["Label nvidia.com/cc.ready.state says \"false\" meanwhile: pods come here by it"],
         })

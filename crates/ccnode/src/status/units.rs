@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use agent_core::hostfile::HostDir;
-use agent_core::state::{UNITS_DIR, UNITS_FILE, UnitRecord, UnitsFile};
+use agent_core::state::{FileProblem, UNITS_DIR, UNITS_FILE, UnitRecord, UnitsFile};
 use agent_core::text::chain;
 use jiff::Timestamp;
 use serde::Serialize;
@@ -61,6 +61,8 @@ pub(super) struct View<'a> {
     pods: Option<&'a str>,
     /// Why it cannot be seen of some units whether they are in use.
     blind: Option<&'a str>,
+    /// CDI files by which Kata may start no pod.
+    cdi_problems: &'a [FileProblem],
     units: &'a [UnitRecord],
 }
 
@@ -81,6 +83,7 @@ impl<'a> View<'a> {
             ids_reason: file.map(|file| file.ids_reason.as_str()),
             pods: file.map(|file| file.pods.as_str()),
             blind: file.and_then(|file| file.blind.as_deref()),
+            cdi_problems: file.map(|file| file.cdi_problems.as_slice()).unwrap_or_default(),
             units: file.map(|file| file.units.as_slice()).unwrap_or_default(),
         }
     }
@@ -112,10 +115,14 @@ pub(super) fn table(host: &Host) -> String {
     format!("\n{}", table::align(&cells))
 }
 
-/// Why units cannot be allocated, in full.
+/// Why units cannot be allocated, and what keeps Kata from starting pods with those that can, in full.
 pub(super) fn errors(host: &Host) -> impl Iterator<Item = String> {
     let units = host.units.file().map(|file| file.units.as_slice()).unwrap_or_default();
-    units.iter().filter_map(|unit| Some(format!("{} {}: {}", unit.resource, unit.id, unit.error.as_ref()?.message)))
+    let of_units = units
+        .iter()
+        .filter_map(|unit| Some(format!("{} {}: {}", unit.resource, unit.id, unit.error.as_ref()?.message)));
+    let files = host.units.file().map(|file| file.cdi_problems.as_slice()).unwrap_or_default();
+    of_units.chain(files.iter().map(|file| format!("{}: {} ({})", file.path, file.error.message, file.error.code)))
 }
 
 /// What else is to be told of the units.
