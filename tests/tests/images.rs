@@ -242,6 +242,44 @@ fn images_are_small_and_tell_nothing_of_the_machine_that_built_them() -> Result<
     Ok(())
 }
 
+/// A document of the image, unpacked.
+fn document(image: &Image, name: &str) -> Result<Vec<u8>> {
+    let path = image.host.join("usr/share/doc/ccnode").join(name);
+    let output = std::process::Command::new("gzip").args(["-dc"]).arg(&path).output()?;
+    ensure!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
+    Ok(output.stdout)
+}
+
+#[test]
+#[ignore = "needs the built images: hack/test-images runs it"]
+fn images_carry_the_list_of_their_crates_and_the_licences() -> Result<()> {
+    let lock = include_str!("../../Cargo.lock");
+    for agent in SIZES.map(|(agent, _)| agent) {
+        for flavour in ["", "-shell-free"] {
+            let image = image(agent, flavour)?;
+            let list = document(&image, "ccnode.cdx.json.gz")?;
+            let text = String::from_utf8(list)?;
+            ensure!(
+                !text.contains("file:///src") && !text.contains("file:///root"),
+                "{agent}: paths of the machine that built it"
+            );
+            let list: Value = serde_json::from_str(&text)?;
+            assert_eq!(list["bomFormat"], "CycloneDX", "{agent}");
+            let components = list["components"].as_array().context("no components")?;
+            ensure!(components.len() > 100, "{agent}: {} crates", components.len());
+            for component in components {
+                let (name, version) = (&component["name"], &component["version"]);
+                ensure!(lock.contains(&format!("name = {name}\nversion = {version}\n")), "{agent}: {name} {version}");
+            }
+            let licences = String::from_utf8(document(&image, "THIRD-PARTY-LICENSES.txt.gz")?)?;
+            for words in ["Permission is hereby granted", "Apache License", "\nrustls ", "\ntokio "] {
+                ensure!(licences.contains(words), "{agent}: {words:?} is not in the licences");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The kinds of an ELF program's segments.
 fn segments(program: &[u8]) -> Result<Vec<u32>> {
     let number = |at: usize, bytes: usize| -> Result<usize> {
