@@ -201,22 +201,3 @@ fn older_releases_are_refused() -> Result<()> {
     ensure!(is_supported("main").is_err());
     Ok(())
 }
-
-/// Cargo.toml is where the version comes from; hack/release sets the others.
-#[test]
-fn the_version_is_the_same_everywhere() -> Result<()> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let release = fs::read_to_string(folder.join("hack/release"))?;
-    let list = release.lines().find_map(|line| line.strip_prefix("VERSIONED=\"")).context("no list of files")?;
-    let mut compared = 0;
-    for pair in list.trim_end_matches('"').split_whitespace() {
-        let (file, key) = pair.split_once(':').context("no key")?;
-        let Ok(text) = fs::read_to_string(folder.join(file)) else { continue };
-        for line in text.lines().filter_map(|line| line.trim().strip_prefix(key)?.strip_prefix(':')) {
-            assert_eq!(line.trim().trim_matches('"'), version()?, "{file}: {key}");
-            compared += 1;
-        }
-    }
-    ensure!(compared >= 4, "{compared}");
-    Ok(())
-}
