@@ -32,6 +32,9 @@ pub enum Command {
     ///
     /// Reads only: host files, processes and the node object; no device is opened, woken or reset. Ends with 0 when every device
     /// is verified in the wanted mode and the labels say so, with 1 when not or not yet, with 2 when it cannot be told.
+    ///
+    /// The host is outside the trusted base: that a node is ready is a hint for the scheduler, and only attestation inside the
+    /// virtual machine is proof.
     Status(crate::status::StatusArgs),
     /// Show every node with NVIDIA GPUs in one line: what it is, what it is wanted to be, and why it is not.
     ///

@@ -393,6 +393,10 @@ fn own_mode(file: &DevicesFile) -> String {
     if modes.is_empty() { "unknown".to_owned() } else { modes.join(" and ") }
 }
 
+/// What nobody may take the labels for.
+pub(super) const NO_PROOF: &str = "The host is outside the trusted base: nvidia.com/cc.ready.state=true is a scheduling hint, and only \
+                                   attestation inside the virtual machine is proof";
+
 /// What else is to be told.
 pub(super) fn remarks(facts: &Facts, verdict: Verdict) -> Vec<String> {
     let mut remarks = facts.remarks.clone();
@@ -416,6 +420,9 @@ pub(super) fn remarks(facts: &Facts, verdict: Verdict) -> Vec<String> {
     let open = facts.node().and_then(|node| node.state.label(labels::CC_READY_STATE));
     if let Some(open) = open.filter(|open| !open.is_empty() && verdict != Verdict::Ready) {
         remarks.push(format!("Label {} says {open:?} meanwhile: pods come here by it", labels::CC_READY_STATE));
+    }
+    if open == Some("true") && verdict == Verdict::Ready {
+        remarks.push(NO_PROOF.to_owned());
     }
     remarks
 }

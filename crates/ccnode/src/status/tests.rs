@@ -13,6 +13,7 @@ use node_object::{NodeState, annotations};
 use serde_json::{Value, json};
 
 use super::facts::{Manager, NodeFacts};
+use super::judge::NO_PROOF;
 use super::*;
 use crate::agents::Agent;
 
@@ -551,7 +552,8 @@ fn the_notes_tell_what_the_verdict_goes_without() {
         let text = human(&scene.facts());
         text.lines().filter_map(|line| line.strip_prefix("note: ").map(ToOwned::to_owned)).collect::<Vec<_>>()
     };
-    assert!(notes(|_| ()).is_empty());
+    // Wherever pods come by the label, and nowhere else.
+    assert_eq!(notes(|_| ()), [NO_PROOF]);
     let cases: &[Case] = &[
         (
             "a dead agent",
@@ -580,7 +582,8 @@ fn the_notes_tell_what_the_verdict_goes_without() {
         ),
     ];
     for (what, change, note) in cases {
-        assert_eq!(notes(*change), [*note], "{what}");
+        let told: Vec<String> = notes(*change).into_iter().filter(|note| note != NO_PROOF).collect();
+        assert_eq!(told, [*note], "{what}");
     }
 }
 
@@ -633,6 +636,7 @@ fn the_units_are_told_as_the_kubelet_was() {
             "nvidia.com/pgpu  0000:41:00.0  /dev/vfio/devices/vfio0  1     healthy  ml/train-0",
             "nvidia.com/pgpu  0000:42:00.0  /dev/vfio/devices/vfio1  1     dead     -",
             "nvidia.com/pgpu 0000:42:00.0: 0000:42:00.0 does not answer: it is off the bus, or its link is down",
+            &format!("note: {NO_PROOF}"),
         ],
         "{shown}"
     );
@@ -681,7 +685,7 @@ fn units_that_are_not_seen_are_said_to_be_so() {
             .join("; ")
     };
     let runs = || Manager::Runs(Agent { pid: 9, name: "nvidia-sandbox-".to_owned() });
-    assert_eq!(notes(&scene, Manager::NotSeen), "");
+    assert_eq!(notes(&scene, Manager::NotSeen), NO_PROOF);
     assert!(notes(&scene, runs()).contains("nvidia-sandbox- (pid 9) tells the kubelet is not to be seen"));
     // Of another boot, or no file of ours.
     let other = UnitsFile { origin: Origin::now("earlier", None), ..units_file() };
