@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use e2e::contract::{changed, differences, golden, is_supported, keys, of_checkout, unknown_keys, version_of};
+use lab_kube::api_server::Rule;
 use serde_json::Value;
 
 const FACTS: &str = include_str!("../../deploy/gpu-operator/contract-v26.7.txt");
@@ -64,6 +65,35 @@ fn the_values_are_fields_of_the_operators_chart_and_name_whole_images() -> Resul
     assert_eq!(values["sandboxWorkloads"]["mode"], "kata");
     // Without quotes YAML would make a boolean of it, which the operator's schema refuses.
     ensure!(["on", "off", "devtools"].map(Value::from).contains(&values["ccManager"]["defaultMode"]));
+    Ok(())
+}
+
+/// What rules allow, in the form of the facts, without OpenShift's own kinds.
+fn allowed<'a>(facts: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
+    let rules = facts.filter_map(|fact| fact.strip_prefix("allow ")).filter(|rule| !rule.contains("openshift.io"));
+    rules.map(str::to_owned).collect()
+}
+
+#[test]
+fn what_tests_let_agents_do_under_the_operator_is_what_it_grants() -> Result<()> {
+    let facts = golden(FACTS)?;
+    for (part, rules) in [
+        ("state-cc-manager", Rule::operator_cc_manager("gpu-operator")),
+        ("state-vfio-manager", Rule::operator_vfio_manager()),
+    ] {
+        let files = facts.iter().filter(|(file, _)| file.contains(&format!("/{part}/")));
+        let granted = allowed(files.flat_map(|(_, facts)| facts));
+        let given = rules.iter().map(|rule| {
+            let mut verbs = rule.verbs.clone();
+            verbs.sort();
+            format!("{}: {}", rule.resources.join(","), verbs.join(" "))
+        });
+        assert_eq!(given.collect::<BTreeSet<_>>(), granted, "{part}");
+        // A Role of the operator's namespace is no ClusterRole.
+        let of_namespace = |file: &str| allowed(facts.get(&format!("assets/{part}/{file}")).into_iter().flatten());
+        let namespaced = rules.iter().filter(|rule| rule.namespace.is_some()).count();
+        assert_eq!(of_namespace("0200_role.yaml").len(), namespaced, "{part}");
+    }
     Ok(())
 }
 

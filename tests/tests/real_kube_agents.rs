@@ -1,115 +1,39 @@
-//! cc-manager with a real API server, the DaemonSets of the operator and a real kubelet: what it pauses really ends, and what it
-//! asks is counted in the server's own audit log.
+//! cc-manager with a real API server, the DaemonSets of the operator and a real kubelet: what it pauses really ends, what it asks
+//! is counted in the server's own audit log, and what it may not do it says.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
 #[path = "real_kube/agent.rs"]
 mod agent;
+#[path = "real_kube/operator.rs"]
+mod operator;
 mod real_kube;
-#[path = "../../crates/gpu-firmware/tests/common/mod.rs"]
-mod virtual_gpu;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent::{Hardware, Start};
+use agent::parts::{OPERANDS, ready_state};
+use agent::{Agent, Hardware, Start};
 use anyhow::{Context, Result, ensure};
+use e2e::rendered::Rendering;
 use gpu_firmware::Mode;
 use lab_kube::api_server::Rule;
 use node_object::annotations;
 use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
-use real_kube::toy::{Toy, register};
-use real_kube::{Account, Api, Cluster, IMAGE, MERGE, NODE, PATIENCE, kubelet_folder, real, run};
+use operator::Components;
+use real_kube::{Account, Api, Cluster, IMAGE, MERGE, NODE, PATIENCE, real, run};
 use serde_json::{Value, json};
 
-/// The deploy labels of the operator's components, and their DaemonSets. The name is also what their pods say of themselves.
-const OPERANDS: [(&str, &str); 6] = [
-    ("nvidia.com/gpu.deploy.vfio-manager", "nvidia-vfio-manager"),
-    ("nvidia.com/gpu.deploy.vgpu-manager", "nvidia-vgpu-manager-daemonset"),
-    ("nvidia.com/gpu.deploy.sandbox-validator", "nvidia-sandbox-validator"),
-    ("nvidia.com/gpu.deploy.sandbox-device-plugin", "nvidia-sandbox-device-plugin-daemonset"),
-    ("nvidia.com/gpu.deploy.vgpu-device-manager", "nvidia-vgpu-device-manager"),
-    ("nvidia.com/gpu.deploy.kata-sandbox-device-plugin", PLUGIN),
-];
-const PLUGIN: &str = "nvidia-kata-sandbox-device-plugin-daemonset";
-const RESOURCE: &str = "nvidia.com/pgpu";
-const NODE_PATH: &str = "/api/v1/nodes/gpu-1";
+/// The namespace in which the chart expects the operator's components.
+const OPERATOR: &str = "gpu-operator";
 
-fn daemon_set(label: &str, name: &str) -> Value {
-    let labels = json!({"app": name});
-    json!({
-        "metadata": {"name": name},
-        "spec": {
-            "selector": {"matchLabels": labels},
-            "template": {
-                "metadata": {"labels": labels},
-                "spec": {
-                    "nodeSelector": {label: "true"}, "hostNetwork": true, "automountServiceAccountToken": false,
-                    "tolerations": [{"operator": "Exists"}],
-                    "containers": [{"name": "main", "image": IMAGE, "imagePullPolicy": "Never"}],
-                },
-            },
-        },
-    })
+async fn want(api: &Api, node: &str, mode: Option<Mode>) -> Result<()> {
+    let labels = json!({"metadata": {"labels": {CC_MODE: mode.map(Mode::as_str)}}});
+    api.patch(&format!("/api/v1/nodes/{node}"), MERGE, &labels).await?.is(200).map(drop)
 }
 
-/// Who serves the plugin's socket as long as the plugin's pod runs, as the pod itself would.
-async fn plugin_of_the_pod(api: &Api, namespace: &str) -> Result<()> {
-    let folder = kubelet_folder()?.join("device-plugins");
-    let path = format!("/api/v1/namespaces/{namespace}/pods?labelSelector=app%3D{PLUGIN}");
-    let mut served = None;
-    loop {
-        let pods = api.get(&path).await?.is(200)?;
-        let runs = pods["items"].as_array().is_some_and(|pods| {
-            pods.iter().any(|pod| pod["status"]["phase"] == "Running" && pod["metadata"]["deletionTimestamp"].is_null())
-        });
-        match served.take() {
-            None if runs => {
-                let _ = std::fs::remove_file(folder.join("rig.sock"));
-                let toy = Toy::serve(&folder, "rig.sock", &[("0", true), ("1", true)], None)?;
-                register(&folder, kubelet_api::VERSION, "rig.sock", RESOURCE).await?;
-                served = Some(toy);
-            }
-            Some(toy) if !runs => toy.end().await?,
-            other => served = other,
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
-async fn pods_of(api: &Api, namespace: &str) -> Result<BTreeMap<String, String>> {
-    let pods = api.get(&format!("/api/v1/namespaces/{namespace}/pods")).await?.is(200)?;
-    let of = |pod: &Value, path: &str| pod.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let pods = pods["items"].as_array().cloned().unwrap_or_default();
-    Ok(pods.iter().map(|pod| (of(pod, "/metadata/labels/app"), of(pod, "/metadata/uid"))).collect())
-}
-
-fn offered(node: &Value) -> &str {
-    node["status"]["allocatable"][RESOURCE].as_str().unwrap_or("0")
-}
-
-/// Waits until the node is in this mode, says so, and its components are at work.
-async fn until_settled(api: &Api, namespace: &str, mode: Mode, ready: &str) -> Result<()> {
-    let is_so = |node: &Value| {
-        let metadata = &node["metadata"];
-        metadata["labels"][CC_MODE_STATE] == mode.as_str()
-            && metadata["labels"][CC_READY_STATE] == ready
-            && OPERANDS.iter().all(|(label, _)| metadata["labels"][*label] == "true")
-            && metadata["annotations"][annotations::TRANSITION].is_null()
-            && offered(node) == "2"
-    };
-    api.until(NODE_PATH, |answer| is_so(&answer.body).then_some(())).await?;
-    let run = |pods: &Value| {
-        let pods = pods["items"].as_array().map(Vec::as_slice).unwrap_or_default();
-        pods.len() == OPERANDS.len() && pods.iter().all(|pod| pod["status"]["phase"] == "Running")
-    };
-    let path = format!("/api/v1/namespaces/{namespace}/pods");
-    api.until(&path, |answer| run(&answer.body).then_some(())).await
-}
-
-/// What an account has asked, from the server's audit log: verb and resource, whether refused, and how often. The server tells of
-/// a watch when it has ended.
+/// What an account has asked, from the server's audit log: verb and resource, the code of a refusal, and how often.
 fn audited(account: &Account) -> Result<BTreeMap<String, usize>> {
     let log = std::fs::read_to_string(real()?.join("logs/audit.log")).context("the audit log")?;
     let mut counts = BTreeMap::new();
@@ -120,7 +44,8 @@ fn audited(account: &Account) -> Result<BTreeMap<String, usize>> {
             continue;
         }
         let (verb, resource) = (entry["verb"].as_str(), entry["objectRef"]["resource"].as_str());
-        let refused = if entry["responseStatus"]["code"].as_u64() < Some(300) { "" } else { ", refused" };
+        let code = entry["responseStatus"]["code"].as_u64().filter(|code| *code >= 300);
+        let refused = code.map(|code| format!(", {code}")).unwrap_or_default();
         let what = format!("{} {}{refused}", verb.unwrap_or_default(), resource.unwrap_or_default());
         *counts.entry(what).or_default() += 1;
     }
@@ -136,46 +61,53 @@ fn since(before: &BTreeMap<String, usize>, now: &BTreeMap<String, usize>) -> BTr
     now.iter().filter_map(more).collect()
 }
 
+/// What the server answers to a patch that was computed from what another has changed meanwhile: it is computed anew.
+const MET_ANOTHER: &str = "patch nodes, 422";
+
+/// A change with all components at work on the kubelet's node. Returns what the agent has asked meanwhile.
+async fn changes(
+    components: &Components,
+    hardware: &Hardware,
+    account: &Account,
+    cluster: &Cluster,
+    mode: Mode,
+) -> Result<BTreeMap<String, usize>> {
+    let (asked, before) = (audited(account)?, components.running().await?);
+    want(&cluster.admin, NODE, Some(mode)).await?;
+    components.until_settled(mode).await.with_context(|| format!("mode {mode}"))?;
+    hardware.is_in(mode)?;
+    let after = components.running().await?;
+    ensure!(after.keys().eq(before.keys()), "{after:?} after {before:?}");
+    let kept: Vec<_> = after.iter().filter(|(name, uid)| before[*name] == **uid).collect();
+    ensure!(kept.is_empty(), "these pods were never ended: {kept:?}");
+    // Events come after the result.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let asked = since(&asked, &audited(account)?);
+    println!("audit: a change to {mode}: {asked:?}");
+    ensure!(asked.get("patch nodes") == Some(&2), "a change is two patches, and not {asked:?}");
+    Ok(asked)
+}
+
+fn start(hardware: &Hardware, account: &Account, namespace: &str, components: &Components) -> Result<Agent> {
+    let look = components.look();
+    hardware.start(Start { kubeconfig: &account.kubeconfig, node: NODE, namespace, answer: PATIENCE, look })
+}
+
 #[test]
 #[ignore = "needs a real kubelet: hack/test --real-kube"]
 fn pausing_ends_the_operators_pods_and_a_change_is_two_patches() -> Result<()> {
     run(async {
         let cluster = Cluster::real().await?;
         let namespace = cluster.namespace().await?;
-        let admin = cluster.admin.clone();
         let rules = Rule::operator_cc_manager(&namespace);
         let account = cluster.account_named(&namespace, "nvidia-cc-manager", &rules).await?;
-        let sets = format!("/apis/apps/v1/namespaces/{namespace}/daemonsets");
-        for (label, name) in OPERANDS {
-            admin.post(&sets, &daemon_set(label, name)).await?.is(201)?;
-        }
-        let labels: BTreeMap<&str, &str> =
-            OPERANDS.iter().map(|(label, _)| (*label, "true")).chain([(CC_MODE, "off")]).collect();
-        admin.patch(NODE_PATH, MERGE, &json!({"metadata": {"labels": labels}})).await?.is(200)?;
-
-        let watched = tokio::spawn({
-            let (admin, namespace) = (admin.clone(), namespace.clone());
-            async move { plugin_of_the_pod(&admin, &namespace).await }
-        });
-        // Asked from the firmware's own thread in the moment in which devices are changed.
-        let (admin_config, place) = (std::fs::read_to_string(real()?.join("admin.kubeconfig"))?, namespace.clone());
-        let look = Arc::new(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(async {
-                let api = Api::new(&admin_config).await?;
-                let (pods, node) = (pods_of(&api, &place).await?, api.get(NODE_PATH).await?.is(200)?);
-                ensure!(pods.is_empty(), "these run: {pods:?}");
-                ensure!(offered(&node) == "0", "{} GPUs are offered", offered(&node));
-                Ok(())
-            })
-        });
+        want(&cluster.admin, NODE, Some(Mode::Off)).await?;
+        let components = Components::on_the_kubelets_node(&cluster, &namespace).await?;
         let hardware = Hardware::new()?;
-        let start =
-            Start { kubeconfig: &account.kubeconfig, node: NODE, namespace: &namespace, answer: PATIENCE, look };
-        let agent = hardware.start(start)?;
-        until_settled(&admin, &namespace, Mode::Off, "false").await.context("at the start")?;
+        let agent = start(&hardware, &account, &namespace, &components)?;
+        components.until_settled(Mode::Off).await.context("at the start")?;
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let mut counts = audited(&account)?;
+        let counts = audited(&account)?;
         println!("audit: the start of cc-manager: {counts:?}");
 
         // Watches are resumed before they end by themselves; besides, nothing is asked.
@@ -184,33 +116,181 @@ fn pausing_ends_the_operators_pods_and_a_change_is_two_patches() -> Result<()> {
         println!("audit: 10 s at rest: {idle:?}");
         ensure!(idle.is_empty(), "at rest it asks for {idle:?}");
 
-        for (mode, ready) in [(Mode::On, "true"), (Mode::Devtools, ""), (Mode::Off, "false")] {
-            let before = pods_of(&admin, &namespace).await?;
-            let wanted = json!({"metadata": {"labels": {CC_MODE: mode.as_str()}}});
-            admin.patch(NODE_PATH, MERGE, &wanted).await?.is(200)?;
-            until_settled(&admin, &namespace, mode, ready).await.with_context(|| format!("mode {mode}"))?;
-            hardware.is_in(mode)?;
-            let after = pods_of(&admin, &namespace).await?;
-            ensure!(after.keys().eq(before.keys()), "{after:?} after {before:?}");
-            let kept: Vec<_> = after.iter().filter(|(name, uid)| before[*name] == **uid).collect();
-            ensure!(kept.is_empty(), "these pods were never ended: {kept:?}");
-            // Events come after the result.
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            let now = audited(&account)?;
-            let asked = since(&counts, &now);
-            println!("audit: a change to {mode}: {asked:?}");
-            ensure!(asked.get("patch nodes") == Some(&2), "a change is two patches, and not {asked:?}");
-            ensure!(asked.keys().all(|what| !what.contains("refused") || what.contains("events")), "{asked:?}");
-            counts = now;
+        for mode in [Mode::On, Mode::Devtools, Mode::Off] {
+            let asked = changes(&components, &hardware, &account, &cluster, mode).await?;
+            // The operator grants no events.
+            let is_right = |what: &str| !what.contains(", ") || ["create events, 403", MET_ANOTHER].contains(&what);
+            ensure!(asked.keys().all(|what| is_right(what)), "{asked:?}");
         }
-        agent.end()?;
-        watched.abort();
-        let gone =
-            json!({"metadata": {"labels": labels.keys().map(|key| (*key, Value::Null)).collect::<BTreeMap<_, _>>()}});
-        admin.patch(NODE_PATH, MERGE, &gone).await?.is(200)?;
-        for (_, name) in OPERANDS {
-            admin.delete(&format!("{sets}/{name}")).await?.is(200)?;
+        agent.end().await?;
+        components.remove().await
+    })
+}
+
+/// The chart's rendering for nodes with the operator's components, which cc-manager pauses.
+fn chart() -> Result<Rendering> {
+    Rendering::read("rendered/everything.yaml")
+}
+
+#[test]
+#[ignore = "needs a real kubelet: hack/test --real-kube"]
+fn the_charts_own_accounts_and_roles_are_enough_and_nothing_is_refused() -> Result<()> {
+    const RIGHTS: [&str; 5] = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"];
+    run(async {
+        let (cluster, chart) = (Cluster::real().await?, chart()?);
+        cluster.namespace_named(OPERATOR).await?;
+        let mut applied = 0;
+        for object in RIGHTS.iter().flat_map(|kind| chart.of_kind(kind)) {
+            cluster.apply(object).await?;
+            applied += 1;
+        }
+        ensure!(applied >= 12, "the chart has {applied} accounts, roles and bindings");
+        let account = cluster.account_of("ccnode", "ccnode-cc-manager").await?;
+        want(&cluster.admin, NODE, Some(Mode::Off)).await?;
+        let components = Components::on_the_kubelets_node(&cluster, OPERATOR).await?;
+        let hardware = Hardware::new()?;
+        let agent = start(&hardware, &account, OPERATOR, &components)?;
+        components.until_settled(Mode::Off).await.context("at the start")?;
+        for mode in [Mode::On, Mode::Off] {
+            let asked = changes(&components, &hardware, &account, &cluster, mode).await?;
+            // Before 1.22 a server finds events about nodes invalid, whoever writes them.
+            let told = if cluster.minor < 22 { "create events, 422" } else { "create events" };
+            ensure!(asked.contains_key(told), "no event is told: {asked:?}");
+            ensure!(
+                asked.keys().all(|what| !what.contains(", ") || [told, MET_ANOTHER].contains(&&**what)),
+                "{asked:?}"
+            );
+        }
+        agent.end().await?;
+        components.remove().await
+    })
+}
+
+/// The chart's rules for cc-manager without one verb, and that verb alone, for components in a namespace.
+fn without_a_verb(namespace: &str) -> Result<Vec<(Vec<Rule>, Rule)>> {
+    let mut rules = chart()?.rules("ccnode-cc-manager")?;
+    for place in rules.iter_mut().filter_map(|rule| rule.namespace.as_mut()).filter(|place| *place == OPERATOR) {
+        namespace.clone_into(place);
+    }
+    let mut all = Vec::new();
+    for (index, rule) in rules.iter().enumerate() {
+        for verb in &rule.verbs {
+            let mut rest = rules.clone();
+            rest[index].verbs.retain(|other| other != verb);
+            // A rule without verbs is none.
+            rest.retain(|rule| !rule.verbs.is_empty());
+            all.push((rest, Rule { verbs: vec![verb.clone()], ..rule.clone() }));
+        }
+    }
+    ensure!(all.len() >= 6, "the chart grants {}", all.len());
+    Ok(all)
+}
+
+/// Waits until an agent has logged a line with all of these words.
+async fn until_logged(agent: &Agent, words: &[String]) -> Result<String> {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let log = agent.log();
+        if let Some(line) = log.lines().find(|line| words.iter().all(|word| line.contains(word.as_str()))) {
+            return Ok(line.to_owned());
+        }
+        ensure!(tokio::time::Instant::now() < deadline, "no line with {words:?} in\n{log}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// What the log says of a request that a rule would have allowed: the server's own words. Nobody waits for an event.
+fn refusal(rule: &Rule, account: &Account) -> Vec<String> {
+    let (verb, resource) = (&rule.verbs[0], &rule.resources[0]);
+    match resource.as_str() {
+        "events" => vec!["ApiForbidden".to_owned(), "Events may not be written with these rights".to_owned()],
+        _ => vec![format!("cannot {verb} resource \"{resource}\""), account.user.clone()],
+    }
+}
+
+#[test]
+#[ignore = "needs a real API server: hack/test --real-kube"]
+fn a_verb_that_the_chart_lacks_is_named_and_the_change_is_made_once_it_is_there() -> Result<()> {
+    run(async {
+        let cluster = Cluster::real().await?;
+        let namespace = cluster.namespace().await?;
+        for (rest, missing) in without_a_verb(&namespace)? {
+            let what = format!("{} {}", missing.verbs[0], missing.resources[0]);
+            let account = cluster.account(&namespace, &rest).await?;
+            let labels: Vec<(&str, &str)> = OPERANDS.iter().map(|(label, _)| (*label, "true")).collect();
+            let (path, node) = cluster.node(&labels).await?;
+            want(&cluster.admin, &node, Some(Mode::On)).await?;
+            // A pod of a component that nobody ends: it is listed, and then watched.
+            let pod = json!({
+                "metadata": {"name": node, "labels": {"app": OPERANDS[0].1}},
+                "spec": {"nodeName": node, "containers": [{"name": "main", "image": IMAGE}]},
+            });
+            let pods = format!("/api/v1/namespaces/{namespace}/pods");
+            cluster.admin.post(&pods, &pod).await?.is(201)?;
+
+            let hardware = Hardware::new()?;
+            let agent = hardware.start(Start {
+                kubeconfig: &account.kubeconfig,
+                node: &node,
+                namespace: &namespace,
+                answer: PATIENCE,
+                look: Arc::new(|| Ok(())),
+            })?;
+            // Events are told beside the change, and nothing waits for them.
+            let is_needed = missing.resources[0] != "events";
+            if !is_needed {
+                cluster.admin.delete_now(&format!("{pods}/{node}")).await?;
+            }
+            let line = until_logged(&agent, &refusal(&missing, &account)).await.context(what.clone())?;
+            println!("without {what}: {line}");
+            if is_needed {
+                hardware.is_in(Mode::Off).with_context(|| format!("devices are changed without {what}"))?;
+                let found = cluster.admin.get(&path).await?.is(200)?;
+                let ready = &found["metadata"]["labels"][CC_READY_STATE];
+                ensure!(ready.is_null() || ready == "", "without {what} the node says {ready}");
+                cluster.admin.delete_now(&format!("{pods}/{node}")).await?;
+                cluster.grant(&account, &[missing]).await?;
+            }
+            let is_so = |node: &Value| {
+                let (labels, annotations) = (&node["metadata"]["labels"], &node["metadata"]["annotations"]);
+                labels[CC_MODE_STATE] == "on"
+                    && labels[CC_READY_STATE] == ready_state(Mode::On)
+                    && annotations[annotations::TRANSITION].is_null()
+            };
+            let settled = cluster.admin.until(&path, |answer| is_so(&answer.body).then_some(())).await;
+            settled.with_context(|| format!("with {what} again; {}", agent.log()))?;
+            hardware.is_in(Mode::On)?;
+            agent.end().await?;
+            cluster.admin.delete(&path).await?.is(200)?;
         }
         Ok(())
+    })
+}
+
+#[test]
+#[ignore = "needs a real kubelet: hack/test --real-kube"]
+fn without_the_right_to_see_pods_no_device_is_touched_and_with_it_the_change_is_made() -> Result<()> {
+    run(async {
+        let cluster = Cluster::real().await?;
+        let namespace = cluster.namespace().await?;
+        let (rest, missing) = without_a_verb(&namespace)?
+            .into_iter()
+            .find(|(_, missing)| (&*missing.verbs[0], &*missing.resources[0]) == ("list", "pods"))
+            .context("the chart lists no pods")?;
+        let account = cluster.account(&namespace, &rest).await?;
+        want(&cluster.admin, NODE, Some(Mode::Off)).await?;
+        let components = Components::on_the_kubelets_node(&cluster, &namespace).await?;
+        let hardware = Hardware::new()?;
+        let agent = start(&hardware, &account, &namespace, &components)?;
+        components.until_settled(Mode::Off).await.context("at the start")?;
+        want(&cluster.admin, NODE, Some(Mode::On)).await?;
+        until_logged(&agent, &refusal(&missing, &account)).await?;
+        hardware.is_in(Mode::Off)?;
+        cluster.grant(&account, &[missing]).await?;
+        components.until_settled(Mode::On).await.with_context(|| agent.log())?;
+        hardware.is_in(Mode::On)?;
+        agent.end().await?;
+        want(&cluster.admin, NODE, None).await?;
+        components.remove().await
     })
 }

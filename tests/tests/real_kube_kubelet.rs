@@ -17,10 +17,10 @@ use hw_probe::testing::FakeSysfs;
 use kubelet_api::pod_resources as pr;
 use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerClient;
 use lab_kube::api_server::{ApiServerConfig, Rule};
+use lab_kube::kubelet::toy::Served;
 use lab_kube::kubelet::{Config, Kubelet};
-use real_kube::contract::{Entry, FIRST, entry, holds};
-use real_kube::toy::{Toy, register};
-use real_kube::{Cluster, IMAGE, NODE, PATIENCE, kubelet_folder, run, script};
+use real_kube::contract::{Entry, FIRST, OURS, entry, holds};
+use real_kube::{Cluster, IMAGE, NODE, PATIENCE, kubelet_folder, plugin, register, run, script};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -34,7 +34,7 @@ const CONTRACT: &[Entry<Machine>] = &[
     entry!(FIRST, what_a_pod_holds_is_told_by_pod_resources),
     entry!(FIRST, a_plugin_that_dies_leaves_pods_running_and_comes_back),
     entry!(FIRST, another_plugin_of_the_same_resource_takes_its_place),
-    entry!(FIRST, a_restart_deletes_sockets_and_keeps_what_pods_hold),
+    entry!(FIRST, a_restart_deletes_sockets_and_keeps_what_pods_hold, OURS),
     entry!(25, a_registration_is_answered_after_the_dial_back),
     entry!(27, pod_resources_of_one_pod_can_be_got),
     entry!(29, an_unknown_cdi_name_keeps_a_container_from_being_made),
@@ -111,9 +111,9 @@ impl Machine {
     }
 
     /// A plugin with these devices, registered.
-    async fn plug_in(&self, devices: &[(&str, bool)]) -> Result<(Toy, String)> {
+    async fn plug_in(&self, devices: &[(&str, bool)]) -> Result<(Served, String)> {
         let (resource, endpoint) = self.resource();
-        let toy = Toy::serve(&self.folder, &endpoint, devices, None)?;
+        let toy = plugin(devices).served(&self.folder.join(&endpoint))?;
         register(&self.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
         Ok((toy, resource))
     }
@@ -336,7 +336,7 @@ async fn pod_resources_of_one_pod_can_be_got(machine: &Machine) -> Result<()> {
 
 async fn a_plugin_that_dies_leaves_pods_running_and_comes_back(machine: &Machine) -> Result<()> {
     let (resource, endpoint) = machine.resource();
-    let toy = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    let toy = plugin(&FOUR).served(&machine.folder.join(&endpoint))?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
     let pod = machine.runs(&resource, 2).await?;
@@ -345,7 +345,7 @@ async fn a_plugin_that_dies_leaves_pods_running_and_comes_back(machine: &Machine
     machine.until_phase(&pod, "Running").await?;
     ensure!(machine.held(&pod, &resource).await? == ids(&["2", "3"]));
     let _ = std::fs::remove_file(machine.folder.join(&endpoint));
-    let toy = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    let toy = plugin(&FOUR).served(&machine.folder.join(&endpoint))?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
     let other = machine.runs(&resource, 2).await?;
@@ -360,7 +360,7 @@ async fn another_plugin_of_the_same_resource_takes_its_place(machine: &Machine) 
     let (old, resource) = machine.plug_in(&FOUR[..2]).await?;
     machine.offers(&resource, "2", "2").await?;
     let endpoint = machine.resource().1;
-    let new = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    let new = plugin(&FOUR).served(&machine.folder.join(&endpoint))?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
     let pod = machine.runs(&resource, 1).await?;
@@ -373,7 +373,7 @@ async fn another_plugin_of_the_same_resource_takes_its_place(machine: &Machine) 
 
 async fn a_restart_deletes_sockets_and_keeps_what_pods_hold(machine: &Machine) -> Result<()> {
     let (resource, endpoint) = machine.resource();
-    let toy = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    let toy = plugin(&FOUR).served(&machine.folder.join(&endpoint))?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
     let pod = machine.runs(&resource, 2).await?;
@@ -394,7 +394,7 @@ async fn a_restart_deletes_sockets_and_keeps_what_pods_hold(machine: &Machine) -
     let _ = std::fs::remove_file(machine.folder.join("not-a-socket"));
     machine.offers(&resource, "0", "0").await?;
     machine.until_phase(&pod, "Running").await?;
-    let other = Toy::serve(&machine.folder, &endpoint, &FOUR, None)?;
+    let other = plugin(&FOUR).served(&machine.folder.join(&endpoint))?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
     ensure!(machine.held(&pod, &resource).await? == ids(&["2", "3"]));
@@ -412,7 +412,9 @@ async fn a_restart_deletes_sockets_and_keeps_what_pods_hold(machine: &Machine) -
 
 async fn an_unknown_cdi_name_keeps_a_container_from_being_made(machine: &Machine) -> Result<()> {
     let (resource, endpoint) = machine.resource();
-    let toy = Toy::serve(&machine.folder, &endpoint, &FOUR, Some("nvidia.com/nobody"))?;
+    let mut toy = plugin(&FOUR);
+    toy.cdi = Some("nvidia.com/nobody".to_owned());
+    let toy = toy.served(&machine.folder.join(&endpoint))?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
     let pod = machine.create(&resource, 1).await?;
@@ -444,7 +446,7 @@ async fn a_pods_status_names_its_devices_and_their_health(machine: &Machine) -> 
 async fn all(machine: Machine) -> Result<()> {
     // The stand-in follows the newest kubelet whose behaviour was recorded, whatever its API server says.
     let minor = if machine.stand_in.is_some() { u32::MAX } else { machine.cluster.minor };
-    holds(CONTRACT, &machine, minor).await
+    holds(CONTRACT, &machine, minor, machine.cluster.is_ours()).await
 }
 
 #[test]

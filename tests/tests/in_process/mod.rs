@@ -6,8 +6,7 @@
 
 #![allow(dead_code, reason = "each of the test files uses its own part of this")]
 
-#[path = "../../../crates/gpu-firmware/tests/common/mod.rs"]
-mod virtual_gpu;
+mod parts;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,57 +16,31 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use agent_core::metrics::Metrics;
-use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
 use agent_core::state::{DEVICES_FILE, DevicesFile};
 use anyhow::{Context, Result, anyhow, ensure};
-use cc_manager::{Controller, DeviceFault, DeviceResult, Firmware, Pausing, Settings, Verified};
-use e2e::{is_in, is_untroubled, mode_bits, vector};
-use gpu_firmware::{Cost, DeviceOutcome, Error, Milestone, Mode, Observer, Progress, change_devices};
+use cc_manager::{DeviceFault, DeviceResult, Firmware};
+use e2e::{mode_bits, vector};
+use gpu_firmware::{Cost, Milestone, Mode, Observer, Progress, change_devices};
+use hw_probe::PciFunction;
 use hw_probe::testing::FakeSysfs;
-use hw_probe::{Bdf, PciFunction, Tee};
-use lab_devices::{BootState, DeviceSpec, ModelKind};
+use lab_devices::BootState;
 use lab_kube::api_server::{ApiServer, ApiServerConfig, Fault, FaultAction, HistoryEntry, RequestRecord, Rule, View};
+use node_object::annotations;
 use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
-use node_object::{Events, NodeClient, Timing, annotations};
+use parts::virtual_gpu::Gpu;
+use parts::{OPERANDS, Parts, RESOURCE, ready_state};
 use serde_json::{Value, json};
-use virtual_gpu::Gpu;
 
 pub(crate) const NODE: &str = "gpu-1";
 pub(crate) const AGENT: &str = "system:serviceaccount:gpu-operator:nvidia-cc-manager";
 const OPERATOR: &str = "gpu-operator";
-const BDFS: [&str; 2] = ["0000:41:00.0", "0000:42:00.0"];
-const RESOURCE: &str = "nvidia.com/pgpu";
-
 /// Time for a node to become what it is to be, and for an agent to reach a point or its end.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Longer than any of that: nothing happens because of it.
-const NEVER: Duration = Duration::from_hours(1);
-
-/// The deploy labels of the operator's components, and what their pods say of themselves. Were one of the labels absent, a
-/// change would be computed anew whenever the kubelet writes the node's status in a bad moment.
-const OPERANDS: [(&str, &str); 6] = [
-    ("nvidia.com/gpu.deploy.vfio-manager", "nvidia-vfio-manager"),
-    ("nvidia.com/gpu.deploy.vgpu-manager", "nvidia-vgpu-manager-daemonset"),
-    ("nvidia.com/gpu.deploy.sandbox-validator", "nvidia-sandbox-validator"),
-    ("nvidia.com/gpu.deploy.sandbox-device-plugin", "nvidia-sandbox-device-plugin-daemonset"),
-    ("nvidia.com/gpu.deploy.vgpu-device-manager", "nvidia-vgpu-device-manager"),
-    ("nvidia.com/gpu.deploy.kata-sandbox-device-plugin", "nvidia-kata-sandbox-device-plugin-daemonset"),
-];
 
 /// A failed thread of the test has poisoned it, and that is its failure alone.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn ready_state(mode: Mode) -> &'static str {
-    match mode {
-        Mode::On | Mode::Ppcie => "true",
-        Mode::Off => "false",
-        Mode::Devtools => "",
-    }
 }
 
 // -- what is true ----------------------------------------------------------------------------------------------------
@@ -134,17 +107,6 @@ impl Truth {
             lock(&self.lies)
                 .push(format!("devices are changed while {pods} components run and {offered:?} are offered"));
         }
-    }
-
-    /// Every device has booted in `mode`, its knobs say so too, and nobody spoke to it against the protocol.
-    fn devices_are(&self, mode: Mode) -> Result<()> {
-        for gpu in &self.gpus {
-            let (name, status) = (gpu.bdf.to_string(), gpu.status());
-            ensure!(status.boot == BootState::Ready, "{name} is {:?}", status.boot);
-            is_in(&name, gpu.kind, &status, mode.as_str())?;
-            is_untroubled(&name, &status)?;
-        }
-        Ok(())
     }
 }
 
@@ -257,18 +219,9 @@ impl Observer for EachMilestone<'_> {
     }
 }
 
-fn result_of(target: Mode, bdf: Bdf, outcome: Result<String, Error>) -> DeviceResult {
-    let verified = |active| Verified { configured: target.to_string(), active, at: jiff::Timestamp::now() };
-    DeviceResult { bdf, result: outcome.map(verified).map_err(|error| DeviceFault::from(&error)) }
-}
-
 impl VirtualFirmware {
     fn look(&self) {
         self.api.view(|view| self.truth.see(&view.labels(NODE), false));
-    }
-
-    fn those<'a>(&'a self, devices: &'a [PciFunction]) -> impl Iterator<Item = &'a Gpu> {
-        self.gpus.iter().filter(|gpu| devices.iter().any(|device| device.bdf == gpu.bdf))
     }
 }
 
@@ -281,14 +234,7 @@ impl Firmware for VirtualFirmware {
     fn verify(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
         let _call = Call::begin(&self.steps);
         self.steps.step("verify").map_err(|Dead| Vec::new())?;
-        let verify = |gpu: &Gpu| {
-            let mut device = gpu.open()?;
-            let effective = device.verify(target)?.effective;
-            device.release()?;
-            Ok(effective.to_string())
-        };
-        let result = |gpu: &Gpu| result_of(target, gpu.bdf, verify(gpu));
-        Ok(self.those(devices).map(result).collect())
+        Ok(parts::verified(&self.gpus, devices, target))
     }
 
     fn apply(
@@ -300,13 +246,10 @@ impl Firmware for VirtualFirmware {
         let _call = Call::begin(&self.steps);
         self.steps.step("own").map_err(|Dead| Vec::new())?;
         self.api.view(|view| self.truth.see_touch(view));
-        let openers = self.those(devices).map(|gpu| (gpu.bdf, || gpu.open())).collect();
+        let openers = parts::those(&self.gpus, devices).map(|gpu| (gpu.bdf, || gpu.open())).collect();
         let outcome = change_devices(openers, target, &EachMilestone { firmware: self, stop });
         self.steps.step("done").map_err(|Dead| Vec::new())?;
-        let result = |DeviceOutcome { bdf, result }: &DeviceOutcome| {
-            result_of(target, *bdf, result.clone().map(|done| done.effective.to_string()))
-        };
-        Ok(outcome.devices.iter().map(result).collect())
+        Ok(outcome.devices.iter().map(|outcome| parts::changed(target, outcome)).collect())
     }
 }
 
@@ -496,13 +439,8 @@ impl World {
 
     /// The same, with an agent that may do this.
     pub(crate) fn with_rights(rights: Vec<Rule>) -> Result<Self> {
-        let (here, sysfs) = (tempfile::tempdir()?, FakeSysfs::new());
-        sysfs.tee(Tee::SevSnp);
-        for (bdf, group) in BDFS.into_iter().zip(1..) {
-            sysfs.gpu(bdf, ModelKind::H100.device_id()).group(group);
-        }
-        let gpu = |bdf| Gpu::in_mode(DeviceSpec::new("gpu", ModelKind::H100), Mode::Off).at(bdf).quiet();
-        let gpus: Vec<Gpu> = BDFS.into_iter().map(gpu).collect();
+        let here = tempfile::tempdir()?;
+        let (sysfs, gpus) = parts::two_gpus();
         let truth = Arc::new(Truth {
             gpus: gpus.clone(),
             is_this_boot: AtomicBool::new(false),
@@ -553,7 +491,7 @@ impl World {
     }
 
     fn state_dir(&self) -> PathBuf {
-        self.here.path().join("state")
+        parts::state_dir(self.here.path())
     }
 
     /// What is to happen is wanted, and nobody is there yet who does it.
@@ -592,51 +530,23 @@ impl World {
             None => {}
         }
         let shutdown = Shutdown::manual();
-        let firmware = Arc::new(VirtualFirmware {
+        let firmware = VirtualFirmware {
             gpus: self.gpus.clone(),
             steps: Arc::clone(&steps),
             shutdown: shutdown.clone(),
             truth: Arc::clone(&self.truth),
             api: Arc::clone(&self.api),
-        });
-        let settings = Settings {
-            default_mode: "off".to_owned(),
-            readiness_file: self.here.path().join("validations/.cc-manager-ctr-ready"),
-            state_dir: self.state_dir(),
-            resync: NEVER,
-            retry_min: Duration::from_millis(5),
-            retry_max: Duration::from_millis(20),
-            grace: PATIENCE / 2,
-            allowed: Mode::ALL.to_vec(),
-            hold_without_tee: false,
-            only_observe: false,
-            hold_down: Duration::ZERO,
-            release_poll: NEVER,
-            pod_resources: self.here.path().join("no-kubelet"),
-            patch_pause: Duration::ZERO,
-            pausing: Some(Pausing { namespace: OPERATOR.to_owned(), patience: PATIENCE }),
-            busy_wait: Duration::ZERO,
         };
-        let timing = Timing {
-            request: answer,
-            first_delay: Duration::from_millis(5),
-            last_delay: Duration::from_millis(20),
-            relist_spread: Duration::from_millis(5),
-            ..Timing::default()
-        };
-        let (kubeconfig, root, token) = (self.here.path().join("kubeconfig"), self.sysfs.root(), shutdown.clone());
-        let work = async move {
-            let client = node_object::connect(Some(&kubeconfig)).await?;
-            let node = NodeClient::new(client, NODE, "ccnode-cc-manager").with_timing(timing);
-            let (events, sender) = Events::new(node.clone(), "cc-manager");
-            let (readiness, metrics) = (Registry::default(), Metrics::new());
-            let controller = Controller::new(settings, node.clone(), firmware, root, events, &readiness, &metrics);
-            tokio::select! {
-                never = node.watch() => match never {},
-                () = sender.run() => {}
-                () = controller.run(token) => {}
-            }
-            Ok(())
+        let agent = Parts {
+            firmware,
+            root: self.sysfs.root(),
+            place: self.here.path().to_owned(),
+            node: NODE.to_owned(),
+            namespace: OPERATOR.to_owned(),
+            patience: PATIENCE,
+            answer,
+            retries: [Duration::from_millis(5), Duration::from_millis(20)],
+            shutdown: shutdown.clone(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (killed, kill) = tokio::sync::oneshot::channel();
@@ -644,7 +554,7 @@ impl World {
         let thread = std::thread::spawn(move || {
             let result = runtime.block_on(async {
                 tokio::select! {
-                    result = work => result,
+                    result = agent.run() => result,
                     _ = kill => Ok(()),
                 }
             });
@@ -728,7 +638,7 @@ impl World {
             is_so.then_some(())
         };
         self.api.wait_for(PATIENCE, is_settled).with_context(|| format!("not in mode {mode}; {}", self.told()))?;
-        self.truth.devices_are(mode)?;
+        parts::are_in(&self.gpus, mode)?;
         let file: DevicesFile = serde_json::from_slice(&std::fs::read(self.state_dir().join(DEVICES_FILE))?)?;
         let uid = self.api.get("nodes", "", NODE).unwrap_or_default()["metadata"]["uid"].clone();
         ensure!(file.transition.is_none(), "devices.json tells of a transition");

@@ -1,29 +1,26 @@
 //! cc-manager in one process: its real controller and firmware transaction, over virtual GPUs in model time and a fake sysfs,
 //! with an API server of the test's choice.
 
-use std::path::PathBuf;
+#![allow(dead_code, reason = "each of the test files uses its own part of this")]
+
+#[path = "../in_process/parts.rs"]
+pub(crate) mod parts;
+
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use agent_core::metrics::Metrics;
-use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
 use anyhow::{Context, Result, ensure};
-use cc_manager::{Controller, DeviceFault, DeviceResult, Firmware, Pausing, Settings, Verified};
-use gpu_firmware::{Cost, DeviceOutcome, Error, Mode, Observer, Progress, change_devices};
+use cc_manager::{DeviceFault, DeviceResult, Firmware};
+use gpu_firmware::{Cost, Mode, Observer, Progress, change_devices};
+use hw_probe::PciFunction;
 use hw_probe::testing::FakeSysfs;
-use hw_probe::{Bdf, PciFunction, Tee};
-use lab_devices::{BootState, DeviceSpec, ModelKind};
-use node_object::{Events, NodeClient, Timing};
+use parts::Parts;
+use parts::virtual_gpu::Gpu;
 
 use crate::real_kube::PATIENCE;
-use crate::virtual_gpu::Gpu;
-
-const BDFS: [&str; 2] = ["0000:41:00.0", "0000:42:00.0"];
-
-/// Longer than any test: nothing happens because of it.
-const NEVER: Duration = Duration::from_hours(1);
 
 /// Looks at the cluster in the moment in which devices begin to be changed; what is wrong then.
 pub(crate) type Look = Arc<dyn Fn() -> Result<()> + Send + Sync>;
@@ -45,30 +42,13 @@ impl Observer for Quiet<'_> {
     }
 }
 
-fn result_of(target: Mode, bdf: Bdf, outcome: Result<String, Error>) -> DeviceResult {
-    let verified = |active| Verified { configured: target.to_string(), active, at: jiff::Timestamp::now() };
-    DeviceResult { bdf, result: outcome.map(verified).map_err(|error| DeviceFault::from(&error)) }
-}
-
-impl VirtualFirmware {
-    fn those<'a>(&'a self, devices: &'a [PciFunction]) -> impl Iterator<Item = &'a Gpu> {
-        self.gpus.iter().filter(|gpu| devices.iter().any(|device| device.bdf == gpu.bdf))
-    }
-}
-
 impl Firmware for VirtualFirmware {
     fn is_free(&self, _: &[PciFunction]) -> Result<Cost, Vec<DeviceFault>> {
         Ok(Cost::Nothing)
     }
 
     fn verify(&self, devices: &[PciFunction], target: Mode) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
-        let verify = |gpu: &Gpu| {
-            let mut device = gpu.open()?;
-            let effective = device.verify(target)?.effective;
-            device.release()?;
-            Ok(effective.to_string())
-        };
-        Ok(self.those(devices).map(|gpu| result_of(target, gpu.bdf, verify(gpu))).collect())
+        Ok(parts::verified(&self.gpus, devices, target))
     }
 
     fn apply(
@@ -80,12 +60,9 @@ impl Firmware for VirtualFirmware {
         if let Err(error) = (self.look)() {
             self.wrong.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{error:#}"));
         }
-        let openers = self.those(devices).map(|gpu| (gpu.bdf, || gpu.open())).collect();
+        let openers = parts::those(&self.gpus, devices).map(|gpu| (gpu.bdf, || gpu.open())).collect();
         let outcome = change_devices(openers, target, &Quiet(stop));
-        let result = |DeviceOutcome { bdf, result }: &DeviceOutcome| {
-            result_of(target, *bdf, result.clone().map(|done| done.effective.to_string()))
-        };
-        Ok(outcome.devices.iter().map(result).collect())
+        Ok(outcome.devices.iter().map(|outcome| parts::changed(target, outcome)).collect())
     }
 }
 
@@ -107,99 +84,80 @@ pub(crate) struct Start<'a> {
     pub(crate) look: Look,
 }
 
+/// What an agent logs.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// An agent that runs.
 pub(crate) struct Agent {
     shutdown: Shutdown,
+    log: Log,
     thread: std::thread::JoinHandle<Result<()>>,
 }
 
 impl Agent {
+    /// What it has logged so far, but for what its firmware says.
+    pub(crate) fn log(&self) -> String {
+        String::from_utf8_lossy(&self.log.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+
     /// Asks it to end, and waits until it has.
-    pub(crate) fn end(self) -> Result<()> {
-        self.shutdown.trigger();
-        self.thread.join().map_err(|_| anyhow::anyhow!("the agent's thread panicked"))?
+    pub(crate) async fn end(self) -> Result<()> {
+        // The thread ends its runtime, for which this one is not needed.
+        tokio::task::spawn_blocking(move || {
+            self.shutdown.trigger();
+            self.thread.join().map_err(|_| anyhow::anyhow!("the agent's thread panicked"))?
+        })
+        .await?
     }
 }
 
 impl Hardware {
     /// Two GPUs in mode off.
     pub(crate) fn new() -> Result<Self> {
-        let (here, sysfs) = (tempfile::tempdir()?, FakeSysfs::new());
-        sysfs.tee(Tee::SevSnp);
-        for (bdf, group) in BDFS.into_iter().zip(1..) {
-            sysfs.gpu(bdf, ModelKind::H100.device_id()).group(group);
-        }
-        let gpu = |bdf| Gpu::in_mode(DeviceSpec::new("gpu", ModelKind::H100), Mode::Off).at(bdf).quiet();
-        Ok(Self { here, sysfs, gpus: BDFS.into_iter().map(gpu).collect(), wrong: Arc::default() })
-    }
-
-    fn place(&self, name: &str) -> PathBuf {
-        self.here.path().join(name)
+        let (sysfs, gpus) = parts::two_gpus();
+        Ok(Self { here: tempfile::tempdir()?, sysfs, gpus, wrong: Arc::default() })
     }
 
     pub(crate) fn start(&self, start: Start<'_>) -> Result<Agent> {
         let Start { kubeconfig, node, namespace, answer, look } = start;
-        let path = self.place("kubeconfig");
-        std::fs::write(&path, kubeconfig)?;
-        let firmware = VirtualFirmware { gpus: self.gpus.clone(), look, wrong: Arc::clone(&self.wrong) };
-        let settings = Settings {
-            default_mode: "off".to_owned(),
-            readiness_file: self.place("validations/.cc-manager-ctr-ready"),
-            state_dir: self.place("state"),
-            resync: NEVER,
-            retry_min: Duration::from_millis(20),
-            retry_max: Duration::from_millis(200),
-            grace: PATIENCE / 2,
-            allowed: Mode::ALL.to_vec(),
-            hold_without_tee: false,
-            only_observe: false,
-            hold_down: Duration::ZERO,
-            release_poll: NEVER,
-            pod_resources: self.place("no-kubelet"),
-            patch_pause: Duration::ZERO,
-            pausing: Some(Pausing { namespace: namespace.to_owned(), patience: PATIENCE }),
-            busy_wait: Duration::ZERO,
-        };
-        let timing = Timing {
-            request: answer,
-            first_delay: Duration::from_millis(20),
-            last_delay: Duration::from_millis(200),
-            relist_spread: Duration::from_millis(20),
-            ..Timing::default()
-        };
-        let (node, root, shutdown) = (node.to_owned(), self.sysfs.root(), Shutdown::manual());
-        let token = shutdown.clone();
-        let work = async move {
-            let client = node_object::connect(Some(&path)).await?;
-            let node = NodeClient::new(client, node, "ccnode-cc-manager").with_timing(timing);
-            let (events, sender) = Events::new(node.clone(), "cc-manager");
-            let (readiness, metrics) = (Registry::default(), Metrics::new());
-            let firmware = Arc::new(firmware);
-            let controller = Controller::new(settings, node.clone(), firmware, root, events, &readiness, &metrics);
-            tokio::select! {
-                never = node.watch() => match never {},
-                () = sender.run() => {}
-                () = controller.run(token) => {}
-            }
-            Ok(())
+        let (place, shutdown, log) = (self.here.path().to_owned(), Shutdown::manual(), Log::default());
+        std::fs::write(place.join("kubeconfig"), kubeconfig)?;
+        let agent = Parts {
+            firmware: VirtualFirmware { gpus: self.gpus.clone(), look, wrong: Arc::clone(&self.wrong) },
+            root: self.sysfs.root(),
+            place,
+            node: node.to_owned(),
+            namespace: namespace.to_owned(),
+            patience: PATIENCE,
+            answer,
+            retries: [Duration::from_millis(20), Duration::from_millis(200)],
+            shutdown: shutdown.clone(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let written = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || written.clone()).finish();
         let thread = std::thread::spawn(move || {
-            let result = runtime.block_on(work);
+            let result = tracing::subscriber::with_default(subscriber, || runtime.block_on(agent.run()));
             runtime.shutdown_background();
             result
         });
-        Ok(Agent { shutdown, thread })
+        Ok(Agent { shutdown, log, thread })
     }
 
     /// Every device has booted in this mode, and nothing was wrong when it was changed.
     pub(crate) fn is_in(&self, mode: Mode) -> Result<()> {
-        for gpu in &self.gpus {
-            let (name, status) = (gpu.bdf.to_string(), gpu.status());
-            ensure!(status.boot == BootState::Ready, "{name} is {:?}", status.boot);
-            e2e::is_in(&name, gpu.kind, &status, mode.as_str())?;
-            e2e::is_untroubled(&name, &status).context("against the protocol")?;
-        }
+        parts::are_in(&self.gpus, mode).context("against the protocol, or in another mode")?;
         let wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
         ensure!(wrong.is_empty(), "when devices were changed: {wrong:#?}");
         Ok(())

@@ -11,14 +11,20 @@ pub(crate) struct Entry<T> {
     pub(crate) what: &'static str,
     /// The second number of the first version of Kubernetes 1 that does it.
     pub(crate) since: u32,
+    /// Whether it needs the cluster's keys, or a part of it that can be restarted.
+    pub(crate) needs_ours: bool,
     pub(crate) check: for<'a> fn(&'a T) -> LocalBoxFuture<'a, Result<()>>,
 }
 
 macro_rules! entry {
     ($since:expr, $check:ident) => {
+        crate::real_kube::contract::entry!($since, $check, false)
+    };
+    ($since:expr, $check:ident, $needs_ours:expr) => {
         crate::real_kube::contract::Entry {
             what: stringify!($check),
             since: $since,
+            needs_ours: $needs_ours,
             check: |asked| Box::pin($check(asked)),
         }
     };
@@ -26,8 +32,11 @@ macro_rules! entry {
 
 pub(crate) use entry;
 
-/// Asks all of it of one that is of version 1.`minor`.
-pub(crate) async fn holds<T>(contract: &[Entry<T>], asked: &T, minor: u32) -> Result<()> {
+/// What an entry needs that a foreign cluster does not have.
+pub(crate) const OURS: bool = true;
+
+/// Asks all of it of one that is of version 1.`minor`, and that is ours or somebody else's.
+pub(crate) async fn holds<T>(contract: &[Entry<T>], asked: &T, minor: u32, is_ours: bool) -> Result<()> {
     let mut names: Vec<&str> = contract.iter().map(|entry| entry.what).collect();
     names.sort_unstable();
     names.dedup();
@@ -37,6 +46,10 @@ pub(crate) async fn holds<T>(contract: &[Entry<T>], asked: &T, minor: u32) -> Re
         let what = format!("from 1.{}: {}", entry.since, entry.what.replace('_', " "));
         if minor < entry.since {
             println!("NOT HERE, which is 1.{minor}: {what}; against the stand-in alone");
+            continue;
+        }
+        if entry.needs_ours && !is_ours {
+            println!("LEFT OUT, because the cluster is somebody else's: {what}");
             continue;
         }
         match (entry.check)(asked).await {

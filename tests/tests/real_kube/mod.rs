@@ -4,7 +4,6 @@
 
 #[allow(unused_macros, unused_imports, reason = "not every file of tests has a contract")]
 pub(crate) mod contract;
-pub(crate) mod toy;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,9 +16,12 @@ use anyhow::{Context, Result, bail, ensure};
 use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use kube::client::Body;
+use kubelet_api::device_plugin as dp;
 use lab_kube::api_server::{ApiServer, ApiServerConfig, Rule};
+use lab_kube::kubelet::toy::{self, Toy};
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
+use tonic::Status;
 
 /// Time for anything to come about.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
@@ -57,6 +59,19 @@ pub(crate) fn make_vfio_nodes(groups: impl IntoIterator<Item = u32>) -> Result<(
         script(&["exec", "sh", "-c", &format!("[ -e /dev/vfio/{node} ] || mknod /dev/vfio/{node} c 1 3")])?;
     }
     Ok(())
+}
+
+/// A plugin that wants everything that a kubelet can ask, over devices that are all `/dev/null`.
+pub(crate) fn plugin(devices: &[(&str, bool)]) -> Toy {
+    let mut toy = Toy::new(devices);
+    toy.options = dp::DevicePluginOptions { pre_start_required: true, get_preferred_allocation_available: true };
+    toy.node = |id| ["/dev/null".to_owned(), format!("/dev/contract-{id}")];
+    toy
+}
+
+/// Asks the kubelet of a folder to take such a plugin.
+pub(crate) async fn register(folder: &Path, version: &str, endpoint: &str, resource: &str) -> Result<(), Status> {
+    toy::register(folder, version, endpoint, resource, Some(plugin(&[]).options)).await
 }
 
 /// The script by which the real cluster is run.
@@ -262,6 +277,7 @@ pub(crate) struct Cluster {
     /// The authority of its certificate, as a kubeconfig has it.
     ca: String,
     pub(crate) admin: Api,
+    pub(crate) admin_kubeconfig: String,
     /// The second number of its version.
     pub(crate) minor: u32,
     /// Distinguishes what this run makes from what others have made.
@@ -304,11 +320,17 @@ impl Cluster {
         let minor = minor.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().context("the server's version")?;
         let now = jiff::Timestamp::now().as_millisecond() % 1_000_000_000;
         let tag = format!("{}-{now}", std::process::id());
-        Ok(Self { back, url, ca, admin, minor, tag, made: AtomicU32::new(0) })
+        let admin_kubeconfig = kubeconfig.to_owned();
+        Ok(Self { back, url, ca, admin, admin_kubeconfig, minor, tag, made: AtomicU32::new(0) })
     }
 
     pub(crate) fn is_real(&self) -> bool {
         matches!(self.back, Back::Real { .. })
+    }
+
+    /// Whether its keys are at hand, and its parts may be restarted.
+    pub(crate) fn is_ours(&self) -> bool {
+        !matches!(self.back, Back::Real { is_ours: false })
     }
 
     /// The stand-in's own handle.
@@ -330,7 +352,14 @@ impl Cluster {
         Ok(name)
     }
 
-    /// A node that no kubelet keeps. Returns its path.
+    /// A namespace of this name.
+    pub(crate) async fn namespace_named(&self, name: &str) -> Result<()> {
+        let answer = self.admin.post("/api/v1/namespaces", &json!({"metadata": {"name": name}})).await?;
+        ensure!([201, 409].contains(&answer.code), "namespace {name}: {:#}", answer.body);
+        Ok(())
+    }
+
+    /// A node that no kubelet keeps. Returns its path and its name.
     pub(crate) async fn node(&self, labels: &[(&str, &str)]) -> Result<(String, String)> {
         let name = self.fresh("node");
         let labels: BTreeMap<_, _> = labels.iter().copied().collect();
@@ -365,9 +394,10 @@ impl Cluster {
 
     /// The same, by its name.
     pub(crate) async fn account_named(&self, namespace: &str, name: &str, rules: &[Rule]) -> Result<Account> {
-        let (name, user) = (name.to_owned(), format!("system:serviceaccount:{namespace}:{name}"));
+        let name = name.to_owned();
         let token = match &self.back {
             Back::StandIn(server) => {
+                let user = format!("system:serviceaccount:{namespace}:{name}");
                 let groups = ["system:serviceaccounts", &format!("system:serviceaccounts:{namespace}")];
                 server.add_identity(&user, &groups, rules.to_vec())
             }
@@ -375,15 +405,56 @@ impl Cluster {
                 let accounts = format!("/api/v1/namespaces/{namespace}/serviceaccounts");
                 self.admin.post(&accounts, &json!({"metadata": {"name": name}})).await?.is(201)?;
                 self.bind(namespace, &name, rules).await?;
-                let request = json!({"spec": {"audiences": [], "expirationSeconds": 3600}});
-                let token = self.admin.post(&format!("{accounts}/{name}/token"), &request).await?.is(201)?;
-                token["status"]["token"].as_str().context("no token")?.to_owned()
+                self.token(namespace, &name).await?
             }
         };
+        self.known(namespace, name, token).await
+    }
+
+    async fn known(&self, namespace: &str, name: String, token: String) -> Result<Account> {
+        let user = format!("system:serviceaccount:{namespace}:{name}");
         let kubeconfig = self.kubeconfig(&json!({"token": token}));
         let api = Api::new(&kubeconfig).await?;
-        let account = Account { user, api, kubeconfig, namespace: namespace.to_owned(), name, token };
-        Ok(account)
+        Ok(Account { user, api, kubeconfig, namespace: namespace.to_owned(), name, token })
+    }
+
+    /// A token of a service account of the real cluster.
+    async fn token(&self, namespace: &str, name: &str) -> Result<String> {
+        let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token");
+        let request = json!({"spec": {"audiences": [], "expirationSeconds": 3600}});
+        let token = self.admin.post(&path, &request).await?.is(201)?;
+        Ok(token["status"]["token"].as_str().context("no token")?.to_owned())
+    }
+
+    /// Makes an object as a manifest has it, and its namespace; one that is there already gets the manifest's content.
+    pub(crate) async fn apply(&self, manifest: &Value) -> Result<()> {
+        let text = |path: &str| manifest.pointer(path).and_then(Value::as_str).unwrap_or_default();
+        let (version, kind, name) = (text("/apiVersion"), text("/kind"), text("/metadata/name"));
+        let root = if version.contains('/') { "/apis" } else { "/api" };
+        let place = match text("/metadata/namespace") {
+            "" => String::new(),
+            namespace => {
+                self.namespace_named(namespace).await?;
+                format!("namespaces/{namespace}/")
+            }
+        };
+        let path = format!("{root}/{version}/{place}{}s", kind.to_lowercase());
+        let made = self.admin.post(&path, manifest).await?;
+        if made.code != 409 {
+            return made.is(201).map(drop).with_context(|| format!("{kind} {name}"));
+        }
+        self.admin.patch(&format!("{path}/{name}"), MERGE, manifest).await?.is(200).map(drop)
+    }
+
+    /// The service account of this name, which somebody has made with its rights.
+    pub(crate) async fn account_of(&self, namespace: &str, name: &str) -> Result<Account> {
+        let token = self.token(namespace, name).await?;
+        self.known(namespace, name.to_owned(), token).await
+    }
+
+    /// Gives a service account more rules.
+    pub(crate) async fn grant(&self, account: &Account, rules: &[Rule]) -> Result<()> {
+        self.bind(&account.namespace, &account.name, rules).await
     }
 
     /// Gives a service account its rules: those of one namespace by a Role, the others by a ClusterRole.
@@ -415,23 +486,28 @@ impl Cluster {
         Ok(())
     }
 
-    /// Makes the server forget every version before now: the real one begins with what is there when it starts anew. Whether
-    /// that could be done.
-    pub(crate) async fn forget(&self) -> Result<bool> {
+    /// Makes the server forget every version before now: the real one begins with what is there when it starts anew.
+    pub(crate) async fn forget(&self) -> Result<()> {
         match &self.back {
             Back::StandIn(server) => server.compact(),
             Back::Real { is_ours: true } => {
                 script(&["stop", "apiserver"])?;
                 script(&["start", "apiserver"])?;
-                let deadline = tokio::time::Instant::now() + PATIENCE;
-                while !self.admin.get("/readyz").await.is_ok_and(|answer| answer.code == 200) {
-                    ensure!(tokio::time::Instant::now() < deadline, "the API server does not come back");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
+                self.until_ready().await?;
             }
-            Back::Real { .. } => return Ok(false),
+            Back::Real { .. } => bail!("a foreign cluster is not ours to restart"),
         }
-        Ok(true)
+        Ok(())
+    }
+
+    /// Waits until the server is there again.
+    pub(crate) async fn until_ready(&self) -> Result<()> {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        while !self.admin.get("/readyz").await.is_ok_and(|answer| answer.code == 200) {
+            ensure!(tokio::time::Instant::now() < deadline, "the API server does not come back");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Ok(())
     }
 
     /// The same account, by a token whose time is over.
@@ -450,8 +526,8 @@ impl Cluster {
         }
     }
 
-    /// A kubelet's identity and its node; none in a foreign cluster.
-    pub(crate) async fn kubelet(&self) -> Result<Option<(Api, String)>> {
+    /// A kubelet's identity and its node.
+    pub(crate) async fn kubelet(&self) -> Result<(Api, String)> {
         let (kubeconfig, node) = match &self.back {
             Back::StandIn(server) => {
                 let (_, node) = self.node(&[]).await?;
@@ -464,8 +540,8 @@ impl Cluster {
                 self.admin.post("/api/v1/nodes", &json!({"metadata": {"name": NODE}})).await?;
                 (std::fs::read_to_string(real()?.join("kubelet.kubeconfig"))?, NODE.to_owned())
             }
-            Back::Real { .. } => return Ok(None),
+            Back::Real { .. } => bail!("a foreign cluster's kubelet tells nobody its token"),
         };
-        Ok(Some((Api::new(&kubeconfig).await?, node)))
+        Ok((Api::new(&kubeconfig).await?, node))
     }
 }

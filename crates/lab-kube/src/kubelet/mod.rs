@@ -3,6 +3,7 @@
 
 pub mod args;
 pub mod control;
+pub mod toy;
 
 mod admission;
 mod cdi;

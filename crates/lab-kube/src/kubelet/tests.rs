@@ -2,141 +2,24 @@
 
 mod with_api_server;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures::Stream;
 use kubelet_api::device_plugin as dp;
-use kubelet_api::device_plugin::device_plugin_server::{DevicePlugin, DevicePluginServer};
-use kubelet_api::device_plugin::registration_client::RegistrationClient;
 use kubelet_api::pod_resources as pr;
 use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerClient;
 use serde_json::{Value, json};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Status};
 
 use super::control::{self, Command};
+use super::toy::{self, Toy};
 use super::{Config, Container, Error, Kubelet, Pod};
 
 const R: &str = "nvidia.com/pgpu";
 const SOON: Duration = Duration::from_secs(10);
-
-/// A plugin whose answers the test decides.
-struct Toy {
-    options: dp::DevicePluginOptions,
-    devices: watch::Sender<Vec<dp::Device>>,
-    preferred: Vec<String>,
-    /// Whether Allocate answers CDI names beside device nodes.
-    cdi: bool,
-    fail: Mutex<BTreeMap<&'static str, Status>>,
-    /// Ends every stream when it changes.
-    end: watch::Sender<bool>,
-}
-
-struct Service(Arc<Toy>);
-
-impl Toy {
-    fn new(devices: &[(&str, &str)]) -> Self {
-        Self {
-            options: dp::DevicePluginOptions::default(),
-            devices: watch::Sender::new(list(devices)),
-            preferred: Vec::new(),
-            cdi: false,
-            fail: Mutex::default(),
-            end: watch::Sender::new(false),
-        }
-    }
-
-    fn failing(&self, method: &str) -> Result<(), Status> {
-        self.fail.lock().unwrap().get(method).map_or(Ok(()), |status| Err(status.clone()))
-    }
-}
-
-fn list(devices: &[(&str, &str)]) -> Vec<dp::Device> {
-    devices
-        .iter()
-        .map(|(id, health)| dp::Device { id: (*id).into(), health: (*health).into(), topology: None })
-        .collect()
-}
-
-#[tonic::async_trait]
-impl DevicePlugin for Service {
-    type ListAndWatchStream = Pin<Box<dyn Stream<Item = Result<dp::ListAndWatchResponse, Status>> + Send>>;
-
-    async fn get_device_plugin_options(
-        &self,
-        _: Request<dp::Empty>,
-    ) -> Result<Response<dp::DevicePluginOptions>, Status> {
-        self.0.failing("options")?;
-        Ok(Response::new(self.0.options))
-    }
-
-    async fn list_and_watch(&self, _: Request<dp::Empty>) -> Result<Response<Self::ListAndWatchStream>, Status> {
-        let (devices, end) = (self.0.devices.subscribe(), self.0.end.subscribe());
-        let stream = futures::stream::unfold((devices, end, true), |(mut devices, mut end, first)| async move {
-            if !first {
-                tokio::select! {
-                    changed = devices.changed() => changed.ok()?,
-                    _ = end.wait_for(|end| *end) => return None,
-                }
-            }
-            let list = devices.borrow_and_update().clone();
-            Some((Ok(dp::ListAndWatchResponse { devices: list }), (devices, end, false)))
-        });
-        Ok(Response::new(Box::pin(stream)))
-    }
-
-    async fn get_preferred_allocation(
-        &self,
-        _: Request<dp::PreferredAllocationRequest>,
-    ) -> Result<Response<dp::PreferredAllocationResponse>, Status> {
-        self.0.failing("preferred")?;
-        let response = dp::ContainerPreferredAllocationResponse { device_ids: self.0.preferred.clone() };
-        Ok(Response::new(dp::PreferredAllocationResponse { container_responses: vec![response] }))
-    }
-
-    async fn allocate(&self, request: Request<dp::AllocateRequest>) -> Result<Response<dp::AllocateResponse>, Status> {
-        self.0.failing("allocate")?;
-        let container_responses = request
-            .into_inner()
-            .container_requests
-            .into_iter()
-            .map(|request| dp::ContainerAllocateResponse {
-                devices: request
-                    .devices_ids
-                    .iter()
-                    .map(|id| dp::DeviceSpec {
-                        container_path: format!("/dev/vfio/{id}"),
-                        host_path: format!("/dev/vfio/{id}"),
-                        permissions: "mrw".into(),
-                    })
-                    .collect(),
-                cdi_devices: request
-                    .devices_ids
-                    .iter()
-                    .filter(|_| self.0.cdi)
-                    .map(|id| dp::CdiDevice { name: format!("{R}={id}") })
-                    .collect(),
-                ..Default::default()
-            })
-            .collect();
-        Ok(Response::new(dp::AllocateResponse { container_responses }))
-    }
-
-    async fn pre_start_container(
-        &self,
-        _: Request<dp::PreStartContainerRequest>,
-    ) -> Result<Response<dp::PreStartContainerResponse>, Status> {
-        self.0.failing("pre_start")?;
-        Ok(Response::new(dp::PreStartContainerResponse {}))
-    }
-}
 
 /// A kubelet in a folder of its own.
 struct Lab {
@@ -164,27 +47,12 @@ impl Lab {
     }
 
     /// Serves a toy on a socket in the plugin folder.
-    fn serve(&self, toy: &Arc<Toy>, socket: &str) -> JoinHandle<()> {
-        let listener = kubelet_api::socket::listen(&self.plugin_dir().join(socket)).unwrap();
-        let router = tonic::transport::Server::builder().add_service(DevicePluginServer::new(Service(toy.clone())));
-        let mut end = toy.end.subscribe();
-        tokio::spawn(async move {
-            let stop = async move {
-                let _ = end.wait_for(|end| *end).await;
-            };
-            kubelet_api::socket::serve(router, listener, stop).await.unwrap();
-        })
+    fn serve(&self, toy: &Arc<Toy>, socket: &str) {
+        toy.serve(&self.plugin_dir().join(socket)).unwrap();
     }
 
     async fn register(&self, version: &str, endpoint: &str, resource: &str) -> Result<(), Status> {
-        let channel = kubelet_api::socket::connect(&self.plugin_dir().join("kubelet.sock"), SOON).await.unwrap();
-        let request = dp::RegisterRequest {
-            version: version.into(),
-            endpoint: endpoint.into(),
-            resource_name: resource.into(),
-            options: None,
-        };
-        RegistrationClient::new(channel).register(request).await.map(|_| ())
+        toy::register(&self.plugin_dir(), version, endpoint, resource, None).await
     }
 
     async fn plug_in(&self, toy: Toy) -> Arc<Toy> {
@@ -297,7 +165,7 @@ async fn registration_is_refused_with_the_real_texts() {
         assert_eq!(waited, endpoint == "gone.sock", "only an absent endpoint takes the whole deadline");
     }
     let toy = Arc::new(Toy::new(&[]));
-    toy.fail.lock().unwrap().insert("options", Status::unimplemented("no options"));
+    toy.fails("GetDevicePluginOptions", Status::unimplemented("no options"));
     lab.serve(&toy, "p.sock");
     let status = lab.register("v1beta1", "p.sock", R).await.unwrap_err();
     assert_eq!(status.code(), Code::Unknown);
@@ -311,7 +179,7 @@ async fn registration_is_refused_with_the_real_texts() {
 #[tokio::test]
 async fn a_plugin_that_serves_late_is_found_within_the_deadline() {
     let lab = Lab::with(|config| config.dial_deadline = SOON).await;
-    let toy = Arc::new(Toy::new(&[("0", "Healthy")]));
+    let toy = Arc::new(Toy::new(&[("0", true)]));
     let (registered, ()) = tokio::join!(lab.register("v1beta1", "p.sock", R), async {
         tokio::time::sleep(Duration::from_millis(200)).await;
         lab.serve(&toy, "p.sock");
@@ -323,15 +191,15 @@ async fn a_plugin_that_serves_late_is_found_within_the_deadline() {
 #[tokio::test]
 async fn health_and_loss_of_the_plugin_show_in_allocatable_alone() {
     let lab = Lab::new().await;
-    let toy = lab.plug_in(Toy::new(&[("0", "Healthy"), ("1", "Healthy"), ("2", "Healthy"), ("3", "Healthy")])).await;
+    let toy = lab.plug_in(Toy::new(&[("0", true), ("1", true), ("2", true), ("3", true)])).await;
     lab.wait(4).await;
-    toy.devices.send_replace(list(&[("0", "Healthy"), ("1", "Unhealthy"), ("2", "Healthy"), ("3", "Unhealthy")]));
+    toy.has(&[("0", true), ("1", false), ("2", true), ("3", false)]);
     lab.wait(2).await;
     assert_eq!(lab.counts(), (4, 2));
-    toy.end.send_replace(true);
+    toy.end();
     lab.wait(0).await;
     assert_eq!(lab.counts(), (4, 0));
-    lab.plug_in(Toy::new(&[("0", "Healthy")])).await;
+    lab.plug_in(Toy::new(&[("0", true)])).await;
     lab.wait(1).await;
     assert_eq!(lab.counts(), (1, 1));
 }
@@ -339,9 +207,9 @@ async fn health_and_loss_of_the_plugin_show_in_allocatable_alone() {
 #[tokio::test]
 async fn a_lost_plugin_leaves_the_books_after_the_grace_period() {
     let lab = Lab::with(|config| config.stop_grace = Duration::from_millis(50)).await;
-    let toy = lab.plug_in(Toy::new(&[("0", "Healthy")])).await;
+    let toy = lab.plug_in(Toy::new(&[("0", true)])).await;
     lab.wait(1).await;
-    toy.end.send_replace(true);
+    toy.end();
     lab.wait(0).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(lab.counts(), (0, 0));
@@ -350,9 +218,9 @@ async fn a_lost_plugin_leaves_the_books_after_the_grace_period() {
 #[tokio::test]
 async fn a_second_registration_takes_over_and_the_end_of_the_first_stream_takes_it_down() {
     let lab = Lab::new().await;
-    let old = lab.plug_in(Toy::new(&[("0", "Healthy")])).await;
+    let old = lab.plug_in(Toy::new(&[("0", true)])).await;
     lab.wait(1).await;
-    let new = Arc::new(Toy::new(&[("0", "Healthy"), ("1", "Healthy")]));
+    let new = Arc::new(Toy::new(&[("0", true), ("1", true)]));
     lab.serve(&new, "q.sock");
     lab.register("v1beta1", "q.sock", R).await.unwrap();
     lab.wait(2).await;
@@ -360,11 +228,11 @@ async fn a_second_registration_takes_over_and_the_end_of_the_first_stream_takes_
     let call = lab.kubelet.dump()["calls"].as_array().unwrap().iter().rfind(|c| c["method"] == "Allocate").cloned();
     assert_eq!(call.unwrap()["socket"], "q.sock");
     // The real kubelet's handling goes by the resource name alone.
-    old.end.send_replace(true);
+    old.end();
     lab.wait(0).await;
     let outcome = lab.admit("b", 1).await;
     assert_eq!((outcome.phase.as_str(), outcome.reason.as_str()), ("Failed", "UnexpectedAdmissionError"));
-    new.devices.send_replace(list(&[("0", "Healthy"), ("1", "Healthy"), ("2", "Healthy")]));
+    new.has(&[("0", true), ("1", true), ("2", true)]);
     lab.wait(3).await;
     assert_eq!(
         lab.admit("c", 1).await.message,
@@ -375,7 +243,7 @@ async fn a_second_registration_takes_over_and_the_end_of_the_first_stream_takes_
 #[tokio::test]
 async fn calls_for_a_pod_come_in_the_real_order() {
     let lab = Lab::new().await;
-    let mut toy = Toy::new(&[("0", "Healthy"), ("1", "Healthy"), ("2", "Healthy")]);
+    let mut toy = Toy::new(&[("0", true), ("1", true), ("2", true)]);
     toy.options = dp::DevicePluginOptions { pre_start_required: true, get_preferred_allocation_available: true };
     toy.preferred = vec!["2".into(), "0".into()];
     lab.plug_in(toy).await;
@@ -397,16 +265,16 @@ async fn calls_for_a_pod_come_in_the_real_order() {
 #[tokio::test]
 async fn pods_are_rejected_for_the_real_reasons_and_leave_no_trace() {
     let lab = Lab::new().await;
-    let toy = lab.plug_in(Toy::new(&[("0", "Healthy")])).await;
+    let toy = lab.plug_in(Toy::new(&[("0", true)])).await;
     lab.wait(1).await;
-    toy.fail.lock().unwrap().insert("allocate", Status::internal("group is not viable"));
+    toy.fails("Allocate", Status::internal("group is not viable"));
     let outcome = lab.admit("a", 1).await;
     assert_eq!((outcome.phase.as_str(), outcome.reason.as_str()), ("Failed", "UnexpectedAdmissionError"));
     assert_eq!(
         outcome.message,
         "Pod was rejected: Allocate failed due to rpc error: code = Internal desc = group is not viable, which is unexpected"
     );
-    toy.fail.lock().unwrap().clear();
+    toy.works();
     assert_eq!(lab.admit("b", 1).await.phase, "Running", "the failed one holds nothing");
     assert_eq!(
         lab.admit("c", 1).await.message,
@@ -424,9 +292,9 @@ async fn pods_are_rejected_for_the_real_reasons_and_leave_no_trace() {
 #[tokio::test]
 async fn a_container_that_cannot_be_readied_waits_with_its_devices() {
     let lab = Lab::with(|config| config.container_retry = Duration::from_millis(20)).await;
-    let mut toy = Toy::new(&[("0", "Healthy")]);
+    let mut toy = Toy::new(&[("0", true)]);
     toy.options.pre_start_required = true;
-    toy.fail.lock().unwrap().insert("pre_start", Status::unavailable("not yet"));
+    toy.fails("PreStartContainer", Status::unavailable("not yet"));
     let toy = lab.plug_in(toy).await;
     lab.wait(1).await;
     let outcome = lab.admit("a", 1).await;
@@ -436,7 +304,7 @@ async fn a_container_that_cannot_be_readied_waits_with_its_devices() {
     lab.kubelet.restart(Duration::ZERO).await.unwrap();
     lab.serve(&toy, "p.sock");
     lab.register("v1beta1", "p.sock", R).await.unwrap();
-    toy.fail.lock().unwrap().clear();
+    toy.works();
     lab.await_running().await;
 }
 
@@ -451,8 +319,8 @@ async fn a_container_waits_for_what_its_runtime_does_not_find() {
         ("kata-qemu-nvidia-gpu-snp", false, true, "ContainerCreating", shim),
     ] {
         let lab = Lab::with(|config| config.container_retry = Duration::from_millis(20)).await;
-        let mut toy = Toy::new(&[("0", "Healthy")]);
-        toy.cdi = cdi;
+        let mut toy = Toy::new(&[("0", true)]);
+        toy.cdi = cdi.then(|| R.to_owned());
         lab.plug_in(toy).await;
         lab.wait(1).await;
         if !node_is_there {
@@ -485,7 +353,7 @@ async fn kata_needs_nothing_for_a_pod_without_devices() {
 #[tokio::test]
 async fn a_restart_wipes_sockets_and_keeps_allocations() {
     let lab = Lab::new().await;
-    let toy = Arc::new(Toy::new(&[("0", "Healthy"), ("1", "Healthy")]));
+    let toy = Arc::new(Toy::new(&[("0", true), ("1", true)]));
     lab.serve(&toy, "p.sock");
     lab.register("v1beta1", "p.sock", R).await.unwrap();
     lab.wait(2).await;
@@ -520,7 +388,7 @@ async fn a_restart_wipes_sockets_and_keeps_allocations() {
 #[tokio::test]
 async fn the_checkpoint_outlives_the_process() {
     let lab = Lab::new().await;
-    lab.plug_in(Toy::new(&[("0", "Healthy"), ("1", "Healthy")])).await;
+    lab.plug_in(Toy::new(&[("0", true), ("1", true)])).await;
     lab.wait(2).await;
     lab.admit("a", 1).await;
     lab.kubelet.stop().await.unwrap();
@@ -540,7 +408,7 @@ async fn the_checkpoint_outlives_the_process() {
 #[tokio::test]
 async fn pod_resources_tell_devices_one_by_one() {
     let lab = Lab::new().await;
-    let toy = Toy::new(&[("0", "Healthy"), ("1", "Unhealthy")]);
+    let toy = Toy::new(&[("0", true), ("1", false)]);
     toy.devices.send_modify(|devices| {
         devices[0].topology = Some(dp::TopologyInfo { nodes: vec![dp::NumaNode { id: 1 }] });
     });
@@ -577,7 +445,7 @@ async fn without_the_gate_get_is_disabled() {
 #[tokio::test]
 async fn init_containers_hand_their_devices_on() {
     let lab = Lab::new().await;
-    lab.plug_in(Toy::new(&[("0", "Healthy")])).await;
+    lab.plug_in(Toy::new(&[("0", true)])).await;
     lab.wait(1).await;
     let mut both = pod("a", 1);
     both.init_containers.push(Container { name: "init".into(), ..both.containers[0].clone() });
@@ -591,7 +459,7 @@ async fn init_containers_hand_their_devices_on() {
 #[tokio::test]
 async fn faults_cut_streams_and_delay_registrations() {
     let lab = Lab::new().await;
-    lab.plug_in(Toy::new(&[("0", "Healthy")])).await;
+    lab.plug_in(Toy::new(&[("0", true)])).await;
     lab.wait(1).await;
     lab.kubelet.drop_stream(R).unwrap();
     lab.wait(0).await;
@@ -608,7 +476,7 @@ async fn the_control_socket_does_all_of_it() {
     let lab = Lab::new().await;
     let socket = lab.folder.path().join("c");
     tokio::spawn(control::serve(lab.kubelet.clone(), kubelet_api::socket::listen(&socket).unwrap()));
-    lab.plug_in(Toy::new(&[("0", "Healthy")])).await;
+    lab.plug_in(Toy::new(&[("0", true)])).await;
     let wait = |count, timeout_ms| Command::WaitAllocatable { resource: R.into(), count, timeout_ms };
     control::ask(&socket, &wait(1, 5000)).await.unwrap();
     let error = control::ask(&socket, &wait(2, 50)).await.unwrap_err();
@@ -629,7 +497,7 @@ async fn the_control_socket_does_all_of_it() {
 #[tokio::test]
 async fn resolve_goes_from_a_pod_to_its_functions() {
     let lab = Lab::new().await;
-    lab.plug_in(Toy::new(&[("0", "Healthy")])).await;
+    lab.plug_in(Toy::new(&[("0", true)])).await;
     lab.wait(1).await;
     lab.admit("a", 1).await;
     lab.admit("none", 0).await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
 
-use super::{Lab, R, SOON, Toy, list, start};
+use super::{Lab, R, SOON, Toy, start};
 use crate::api_server::{ApiServer, ApiServerConfig, Rule};
 use crate::kubelet::Config;
 
@@ -68,7 +68,7 @@ async fn pods_and_node_are_reported() {
         node["status"]["conditions"].as_array()?.iter().find(|condition| condition["type"] == "Ready").cloned()
     });
     assert_eq!(ready.await["status"], "True");
-    let toy = lab.plug_in(Toy::new(&[("0", "Healthy"), ("1", "Unhealthy")])).await;
+    let toy = lab.plug_in(Toy::new(&[("0", true), ("1", false)])).await;
     node(&server, "2", "1").await;
 
     create(&server, "a");
@@ -84,7 +84,7 @@ async fn pods_and_node_are_reported() {
         "Pod was rejected: Allocate failed due to requested number of devices unavailable for nvidia.com/pgpu. Requested: 1, Available: 0, which is unexpected"
     );
 
-    toy.devices.send_replace(list(&[("0", "Unhealthy"), ("1", "Healthy")]));
+    toy.has(&[("0", false), ("1", true)]);
     node(&server, "2", "1").await;
     eventually("sick device in the pod's status", || {
         let pod = server.get("pods", "default", "a")?;
@@ -93,13 +93,13 @@ async fn pods_and_node_are_reported() {
     })
     .await;
 
-    toy.devices.send_replace(list(&[("0", "Healthy")]));
+    toy.has(&[("0", true)]);
     node(&server, "1", "1").await;
     server.delete("pods", "default", "a", None).unwrap();
     eventually("the end of a", || server.get("pods", "default", "a").is_none().then_some(())).await;
     create(&server, "c");
     phase(&server, "c", "Running").await;
-    toy.end.send_replace(true);
+    toy.end();
     node(&server, "1", "0").await;
     phase(&server, "c", "Running").await;
 }
@@ -109,7 +109,7 @@ async fn running_pods_and_their_devices_outlive_the_kubelets_process() {
     let server = ApiServer::start(ApiServerConfig::default()).unwrap();
     let client = client(&server).await;
     let lab = Lab::with_client(Some(client.clone()), quick).await;
-    let toy = lab.plug_in(Toy::new(&[("0", "Healthy"), ("1", "Healthy")])).await;
+    let toy = lab.plug_in(Toy::new(&[("0", true), ("1", true)])).await;
     lab.wait(2).await;
     create(&server, "a");
     phase(&server, "a", "Running").await;
