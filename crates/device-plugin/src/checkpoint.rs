@@ -1,7 +1,9 @@
 //! The kubelet's own book of what it has given to pods, and by which kind of ID units are called because of it.
 //!
-//! The file lies in the device plugin folder, which is mounted in every setting. It is only read. Its checksum hashes a dump
-//! of Go values and is not verified: the kubelet exchanges the file whole.
+//! The file lies in the device plugin folder, which is mounted in every setting. It is only read. Its checksum (FNV-1a, 32 bits)
+//! is that of Go's dump of the values, with the names of the kubelet's own types in it, which are not the same in every
+//! version, and is not verified: the kubelet exchanges the file whole, so that it is never seen half written. A kubelet that finds
+//! the checksum wrong goes on without the file, and writes it anew; what we took from it meanwhile only keeps numbers longer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -96,10 +98,15 @@ impl Book {
         }
     }
 
-    fn parse(bytes: &[u8]) -> Self {
+    /// What these bytes say.
+    pub fn parse(bytes: &[u8]) -> Self {
         let file: File = match serde_json::from_slice(bytes) {
             Ok(file) => file,
-            Err(error) => return Self::Unreadable(format!("{CHECKPOINT} is not the kubelet's: {error}")),
+            Err(error) => {
+                // The error may hold whatever stands in the file.
+                let cause: String = error.to_string().chars().take(200).collect();
+                return Self::Unreadable(format!("{CHECKPOINT} is not the kubelet's: {cause}"));
+            }
         };
         let mut given = Vec::new();
         for Entry { pod, resource, ids } in file.data.entries.unwrap_or_default() {
@@ -309,6 +316,7 @@ mod tests {
             (r#"{"Data":{"PodDeviceEntries":[{"PodUID":1}]}}"#, "invalid type"),
             (r#"{"Data":{"PodDeviceEntries":[{"PodUID":"a","ResourceName":"b","DeviceIDs":{"0":[1]}}]}}"#, "Ids"),
             ("{\"Data\":\u{0}}", "expected value"),
+            (&format!(r#"{{"Data":"{}"}}"#, "x".repeat(100_000)), "invalid type: string"),
             (&deep, "invalid type"),
             (&format!(r#"{{"Data":{{"Other":{deep}"#), "EOF"),
         ] {

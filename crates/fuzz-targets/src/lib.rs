@@ -7,6 +7,7 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a target tells what it found by a panic")]
 #![allow(clippy::missing_panics_doc, reason = "the module's documentation says it of all of them")]
 
+mod checkpoint;
 mod config;
 mod firmware;
 mod kubelet;
@@ -16,6 +17,7 @@ mod room;
 mod tree;
 mod uevent;
 
+pub use checkpoint::checkpoint;
 pub use config::config;
 pub use firmware::firmware;
 pub use kubelet::kubelet;
@@ -28,7 +30,8 @@ pub use uevent::uevent;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
+    ("checkpoint", checkpoint),
     ("config", config),
     ("firmware", firmware),
     ("kubelet", kubelet),

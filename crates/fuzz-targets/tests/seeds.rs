@@ -110,6 +110,11 @@ fn what_the_kubelet_asks() {
 }
 
 #[test]
+fn the_kubelets_book() {
+    run("checkpoint", 20_000);
+}
+
+#[test]
 fn config_space() {
     run("config", 1500);
 }
