@@ -2,31 +2,19 @@
 
 #![allow(clippy::unwrap_used, reason = "what a test cannot set up, it fails by")]
 
-use std::fs;
+mod cluster;
 
 use agent_core::state::{CcStatus, DeviceStatus};
 use ccnode::args::Args;
 use clap::Parser as _;
-use lab_kube::api_server::{ApiServer, ApiServerConfig, Rule};
 use node_object::{annotations, labels};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
-struct Bench {
-    api: ApiServer,
-    folder: TempDir,
-    token: String,
-}
+use crate::cluster::Cluster;
 
-impl Bench {
-    fn new() -> Self {
-        let api = ApiServer::start(ApiServerConfig::default()).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let token = api.add_identity("person", &[], Rule::cluster_admin());
-        fs::write(folder.path().join("kubeconfig"), api.kubeconfig(&token, "127.0.0.1")).unwrap();
-        Self { api, folder, token }
-    }
+const FLEET: &str = "fleet";
 
+impl Cluster {
     /// A node whose cc-manager has said this; `verified` of its two GPUs.
     fn node(&self, name: &str, (wanted, state, ready): (&str, &str, &str), verified: usize) {
         let given = [(labels::CC_MODE, wanted), (labels::CC_MODE_STATE, state), (labels::CC_READY_STATE, ready)];
@@ -54,30 +42,21 @@ impl Bench {
         let text = serde_json::to_string(&status).unwrap();
         self.api.set_annotation(name, annotations::CC_STATUS, Some(&text)).unwrap();
     }
-
-    fn run(&self, line: &[&str]) -> (u8, String, String) {
-        let kubeconfig = self.folder.path().join("kubeconfig");
-        let common = ["ccnode", "fleet", "--kubeconfig", kubeconfig.to_str().unwrap()];
-        let args = Args::try_parse_from([&common, line].concat()).unwrap();
-        let (mut out, mut notes) = (Vec::new(), Vec::new());
-        let code = ccnode::run(&args, &mut out, &mut notes, false);
-        (code, String::from_utf8(out).unwrap(), String::from_utf8(notes).unwrap())
-    }
 }
 
 #[test]
 fn every_node_with_gpus_has_a_line() {
-    let bench = Bench::new();
-    bench.api.add_node("cpu-1", &[]).unwrap();
-    assert_eq!(bench.run(&[]).0, 0);
-    bench.node("gpu-1", ("on", "on", "true"), 2);
-    let (code, out, notes) = bench.run(&[]);
+    let cluster = Cluster::new();
+    cluster.api.add_node("cpu-1", &[]).unwrap();
+    assert_eq!(cluster.run(FLEET, &[]).0, 0);
+    cluster.node("gpu-1", ("on", "on", "true"), 2);
+    let (code, out, notes) = cluster.run(FLEET, &[]);
     assert_eq!((code, notes.as_str()), (0, ""), "{out}");
     assert_eq!(out.lines().count(), 2, "{out}");
 
-    bench.node("gpu-2", ("off", "failed", ""), 1);
-    bench.api.add_node("gpu-3", &[("nvidia.com/gpu.present", "true")]).unwrap();
-    let (code, out, _) = bench.run(&[]);
+    cluster.node("gpu-2", ("off", "failed", ""), 1);
+    cluster.api.add_node("gpu-3", &[("nvidia.com/gpu.present", "true")]).unwrap();
+    let (code, out, _) = cluster.run(FLEET, &[]);
     assert_eq!(code, 1, "{out}");
     let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     let lines: Vec<Vec<String>> = out.lines().map(words).collect();
@@ -88,7 +67,7 @@ fn every_node_with_gpus_has_a_line() {
     assert!(out.contains("failed  -      1 of 2"), "{out}");
     assert!(out.lines().last().unwrap().contains("(default)"), "{out}");
 
-    let (_, out, _) = bench.run(&["--json"]);
+    let (_, out, _) = cluster.run(FLEET, &["--json"]);
     let answer: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(answer["schema"], 1);
     assert_eq!(answer["nodes"][0]["verdict"], "ready");
@@ -97,20 +76,20 @@ fn every_node_with_gpus_has_a_line() {
 
 #[test]
 fn a_large_fleet_comes_in_pages() {
-    let bench = Bench::new();
+    let cluster = Cluster::new();
     for index in 0..501 {
-        bench.api.add_node(&format!("gpu-{index:03}"), &[("nvidia.com/gpu.present", "true")]).unwrap();
+        cluster.api.add_node(&format!("gpu-{index:03}"), &[("nvidia.com/gpu.present", "true")]).unwrap();
     }
-    let (_, out, _) = bench.run(&[]);
+    let (_, out, _) = cluster.run(FLEET, &[]);
     assert_eq!(out.lines().count(), 502);
-    assert_eq!(bench.api.count("list", "nodes"), 2);
+    assert_eq!(cluster.api.count("list", "nodes"), 2);
 }
 
 #[test]
 fn who_may_not_list_nodes_is_told_so() {
-    let bench = Bench::new();
-    bench.api.set_rules(&bench.token, Vec::new());
-    let (code, out, notes) = bench.run(&[]);
+    let cluster = Cluster::new();
+    cluster.api.set_rules(&cluster.token, Vec::new());
+    let (code, out, notes) = cluster.run(FLEET, &[]);
     assert_eq!((code, out.as_str()), (2, ""));
     assert!(notes.contains("your role needs list on nodes"), "{notes}");
 }
