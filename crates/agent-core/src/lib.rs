@@ -32,5 +32,6 @@ pub mod shutdown;
 pub mod state;
 pub mod text;
 pub mod uevents;
+pub mod work;
 
 pub use hostroot::host_root;

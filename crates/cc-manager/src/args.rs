@@ -7,6 +7,7 @@ use agent_core::health::HealthArgs;
 use agent_core::logs::LogArgs;
 use agent_core::state::STATE_DIR;
 use agent_core::text::{duration, path};
+use agent_core::work::Work;
 use anyhow::Context;
 use gpu_firmware::Mode;
 
@@ -113,15 +114,6 @@ pub enum OnBusy {
     Refuse,
     /// Withdraw the node and wait.
     Wait,
-}
-
-/// Whether to work.
-#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// Bring the GPUs to the wanted mode.
-    Enforce,
-    /// Say what is and what would be done.
-    Observe,
 }
 
 /// What to do with a node that lost its TEE.

@@ -35,6 +35,7 @@ use agent_core::http::StateDump;
 use agent_core::metrics::Metrics;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
+use agent_core::work::Work;
 use anyhow::{Context, bail};
 use clap::Parser as _;
 use hw_probe::SysRoot;
@@ -132,7 +133,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         grace,
         allowed,
         hold_without_tee: tee_missing == args::TeeMissing::Hold,
-        only_observe: mode == args::Work::Observe,
+        only_observe: mode == Work::Observe,
         hold_down,
         release_poll,
         pod_resources,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use agent_core::health::HealthArgs;
 use agent_core::logs::LogArgs;
 use agent_core::shutdown::Shutdown;
+use agent_core::work::Work;
 use agent_core::{http, logs, metrics, readiness};
 use anyhow::Context;
 use clap::Parser;
@@ -112,6 +113,10 @@ pub struct Args {
     #[arg(long, env = "FEATURES_FILE", value_name = "PATH", default_value = "", value_parser = agent_core::text::path)]
     pub features_file: PathBuf,
 
+    /// Offer the devices, or only say what would be offered: by log, metrics and units.json
+    #[arg(long, env = "CCNODE_MODE", value_enum, default_value_t = Work::Enforce)]
+    pub mode: Work,
+
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
@@ -181,6 +186,7 @@ impl Args {
             flap_window,
             pod_resources,
             features_file,
+            mode,
             log,
             health,
         } = self;
@@ -201,7 +207,7 @@ impl Args {
         };
         tracing::info!(
             event = "started", version = env!("CARGO_PKG_VERSION"), node = node_name, gpus = %gpu_alias,
-            nvswitches = %nvswitch_alias, ids = ?device_id_scheme, ?role, backend = ?vfio_backend, cc_gate = ?cc_gate,
+            nvswitches = %nvswitch_alias, ids = ?device_id_scheme, ?role, backend = ?vfio_backend, cc_gate = ?cc_gate, ?mode,
             cdi_dir = %cdi_dir.display(), kubelet_plugin_dir = %kubelet_plugin_dir.display(), "Device plugin started"
         );
         if is_true(&enable_gfd) {
@@ -230,6 +236,7 @@ impl Args {
                 settled: SETTLED,
                 pod_resources,
                 features_file: FeatureFile::new(features_file),
+                only_observe: mode == Work::Observe,
                 state,
             },
         };

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use agent_core::health::HealthArgs;
 use agent_core::logs::LogArgs;
+use agent_core::work::Work;
 use clap::{Args, Parser, Subcommand};
 use hw_probe::Bdf;
 
@@ -242,6 +243,9 @@ pub struct RunArgs {
     /// The policy.
     #[command(flatten)]
     pub policy: PolicyArgs,
+    /// Bind, or only say what is and what would be done.
+    #[arg(long, env = "CCNODE_MODE", value_enum, default_value_t = Work::Enforce)]
+    pub mode: Work,
     /// Bind once and exit, with 1 when any device is not as wanted.
     #[arg(long, env = "VFIO_ONCE")]
     pub once: bool,

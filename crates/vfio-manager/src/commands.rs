@@ -16,6 +16,7 @@ use agent_core::metrics::Metrics;
 use agent_core::readiness;
 use agent_core::shutdown::Shutdown;
 use agent_core::uevents::DeviceEvents;
+use agent_core::work::Work;
 use anyhow::{Context, bail};
 use hw_probe::{Bdf, Inventory};
 use serde_json::json;
@@ -215,12 +216,17 @@ fn must_be_selectable(inventory: &Inventory, device: Option<Bdf>) -> anyhow::Res
 }
 
 async fn daemon(
-    RunArgs { policy, once, status_files, poll_interval, health, lock, host }: RunArgs,
+    RunArgs { policy, mode, once, status_files, poll_interval, health, lock, host }: RunArgs,
 ) -> anyhow::Result<ExitCode> {
     let wanted = policy.policy(&host, status_files);
     let LockArgs { daemon_lock } = lock;
     let manager = Manager::host(host, policy.cc_mode_file, if once { BIND_LOCK } else { LOOK_LOCK });
-    let mut status = status_files.then(|| StatusFiles::new(manager.validations.clone()));
+    let only_observe = mode == Work::Observe;
+    let mut status = (status_files && !only_observe).then(|| StatusFiles::new(manager.validations.clone()));
+    if once && only_observe {
+        print!("{}", plan_table(&manager.look_to_bind(&wanted)?.steps));
+        return Ok(ExitCode::SUCCESS);
+    }
     if once {
         let look = manager.settled(|| manager.look_to_bind(&wanted))?;
         let outcomes = manager.act(&look, None)?;
@@ -260,6 +266,7 @@ async fn daemon(
     let keeper = Keeper {
         manager: Arc::new(manager),
         policy: wanted,
+        only_observe,
         poll_interval,
         metrics,
         dump,

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use crate::binding::{Action, Knowledge, Policy, PolicyError, Step};
-use crate::executor::{BindError, Heard, Outcome};
+use crate::executor::{BindError, Heard, Outcome, observed};
 use crate::holders::HoldersOfDevices;
 use crate::manager::{Look, Manager};
 use crate::metrics::BindingMetrics;
@@ -58,6 +58,8 @@ impl Changes for DeviceEvents {
 pub(crate) struct Keeper {
     pub(crate) manager: Arc<Manager>,
     pub(crate) policy: Policy,
+    /// Whether nothing is done but to say what would be.
+    pub(crate) only_observe: bool,
     pub(crate) poll_interval: Duration,
     pub(crate) metrics: BindingMetrics,
     pub(crate) dump: StateDump,
@@ -108,10 +110,10 @@ impl Keeper {
         let mut memory = Memory::default();
         let mut retry = Backoff::new(RETRY[0], RETRY[1].min(self.poll_interval));
         loop {
-            let (manager, policy) = (Arc::clone(&self.manager), self.policy.clone());
+            let (manager, policy, only_observe) = (Arc::clone(&self.manager), self.policy.clone(), self.only_observe);
             let work = tokio::task::spawn_blocking(move || {
                 let look = manager.look_to_bind(&policy)?;
-                let prior = manager.prepare(&look)?;
+                let prior = if only_observe { None } else { Some(manager.prepare(&look)?) };
                 anyhow::Ok((look, prior))
             });
             let look = tokio::select! {
@@ -121,7 +123,7 @@ impl Keeper {
             };
             let mut is_wrong = match look {
                 Ok((look, prior)) => {
-                    self.begin(&mut memory, &look, &prior, &heard);
+                    self.begin(&mut memory, &look, prior.as_ref(), &heard);
                     // At most once a poll, and never before what is to be done has begun: it reads all of /proc.
                     if memory.holders_at.is_none_or(|at| at.elapsed() >= self.poll_interval) {
                         memory.holders_at = Some(Instant::now());
@@ -185,8 +187,9 @@ impl Keeper {
         Ok(())
     }
 
-    /// Begins the steps of a look, save those of devices that are still at work.
-    fn begin(&self, memory: &mut Memory, look: &Look, prior: &Arc<BindingsFile>, heard: &Heard) {
+    /// Begins the steps of a look, save those of devices that are still at work; without a record of what devices were before
+    /// they are only told.
+    fn begin(&self, memory: &mut Memory, look: &Look, prior: Option<&Arc<BindingsFile>>, heard: &Heard) {
         memory.trouble = None;
         memory.knowledge = look.knowledge.clone();
         memory.looked_at = Some(jiff::Timestamp::now());
@@ -194,13 +197,19 @@ impl Keeper {
         let is_wanted = |bdf: &Bdf| look.steps.iter().any(|step| step.bdf == *bdf);
         memory.devices.retain(|bdf, _| is_wanted(bdf));
         memory.told.retain(is_wanted);
+        let is_gpu = |step: &&Step| look.inventory.get(step.bdf).is_none_or(PciFunction::is_gpu);
+        memory.gpus = look.steps.iter().filter(is_gpu).map(|step| step.bdf).collect();
+        let Some(prior) = prior else {
+            for step in &look.steps {
+                self.hear(memory, observed(&look.inventory, step.clone()));
+            }
+            return;
+        };
         let is_running = |step: &&Step| memory.running.contains_key(&step.bdf);
         memory.passed_over = look.steps.iter().filter(is_running).map(|step| step.bdf).collect();
         let steps: Vec<Step> = look.steps.iter().filter(|step| !is_running(step)).cloned().collect();
         let acts = steps.iter().filter(|step| step.action.is_act());
         memory.running.extend(acts.map(|step| (step.bdf, step.clone())));
-        let is_gpu = |step: &&Step| look.inventory.get(step.bdf).is_none_or(PciFunction::is_gpu);
-        memory.gpus = look.steps.iter().filter(is_gpu).map(|step| step.bdf).collect();
         self.metrics.record(memory.devices.values(), &memory.holders);
         self.manager.executor.start(&look.inventory, &steps, prior, heard);
     }
@@ -286,6 +295,9 @@ impl Told {
                     info!(event = "device_seen", device = %bdf, reason = outcome.step.reason, "{state}");
                 }
                 Ok(_) => {}
+                Err(BindError::Observed { .. }) => {
+                    info!(event = "device_observed", device = %bdf, reason = outcome.step.reason, "{state}");
+                }
                 Err(error) => warn!(event = "device_failed", device = %bdf, code = error.code(), "{state}"),
             }
         }
@@ -369,6 +381,7 @@ mod tests {
         let keeper = Keeper {
             manager: Arc::new(kernel.manager(executor)),
             policy,
+            only_observe: false,
             poll_interval: Duration::from_hours(1),
             metrics: BindingMetrics::register(&exposed),
             dump: StateDump::default(),
@@ -423,6 +436,63 @@ mod tests {
         })
         .await;
         assert!(ready.exists(), "a restart withdraws nothing");
+    }
+
+    #[tokio::test]
+    async fn what_is_only_observed_is_told_and_left_as_it_is() {
+        let kernel = Kernel::new();
+        kernel.fake.load_driver("nouveau");
+        kernel.fake.gpu(GPU, 0x2330).group(5);
+        kernel.fake.gpu(OTHER, 0x2330).group(6).driver("nouveau");
+        let (keeper, exposed) = keeper(&kernel, None);
+        let keeper = Keeper { only_observe: true, status: None, ..keeper };
+        let before = files(&kernel.fake.path().join("run"));
+        let bell = Bell::default();
+        let shown = || exposed.encode().unwrap();
+        while_kept(&keeper, &bell, async {
+            let is_told = |line: &str| shown().contains(line);
+            until("the first is told", || is_told("ccnode_vfio_devices{wanted=\"vfio-pci\",driver=\"none\"} 1\n"))
+                .await;
+            until("the other is told", || is_told("ccnode_vfio_devices{wanted=\"vfio-pci\",driver=\"nouveau\"} 1\n"))
+                .await;
+            // A person binds one by hand: that is seen as well.
+            kernel.fake.get(GPU).driver("vfio-pci").driver_override("vfio-pci");
+            bell.0.notify_one();
+            until("seen", || is_told("ccnode_vfio_devices{wanted=\"vfio-pci\",driver=\"vfio-pci\"} 1\n")).await;
+        })
+        .await;
+        assert!(kernel.writes.lock().unwrap().is_empty(), "{:?}", kernel.writes.lock().unwrap());
+        assert_eq!(files(&kernel.fake.path().join("run")), before, "no record, no lock, no status file");
+        assert!(!shown().contains("ccnode_vfio_failures_total{"), "{}", shown());
+        let told = observed(
+            &kernel.inventory(),
+            Step {
+                bdf: OTHER.parse().unwrap(),
+                action: Action::Bind { module: "vfio_pci".into() },
+                reason: "a GPU".into(),
+            },
+        );
+        let error = told.result.unwrap_err();
+        let words =
+            "0000:42:00.0: Only observed: it has driver nouveau, and would be acted on (bind to vfio_pci): a GPU";
+        assert_eq!((error.code(), error.to_string().as_str()), ("Observed", words));
+    }
+
+    /// All paths below a folder.
+    fn files(folder: &Path) -> Vec<PathBuf> {
+        let mut found: Vec<PathBuf> = Vec::new();
+        let mut folders = vec![folder.to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path.clone());
+                }
+                found.push(path);
+            }
+        }
+        found.sort();
+        found
     }
 
     #[tokio::test]

@@ -146,6 +146,18 @@ pub enum BindError {
         /// The VFIO driver.
         driver: String,
     },
+    /// Nothing is done, since nothing is to be done but to tell.
+    #[error("{bdf}: Only observed: it has driver {}, and would be acted on ({would}): {reason}", .driver.as_deref().unwrap_or("none"))]
+    Observed {
+        /// The device.
+        bdf: Bdf,
+        /// The driver that it has.
+        driver: Option<String>,
+        /// What would be done.
+        would: Action,
+        /// Why.
+        reason: String,
+    },
     /// The device has gone.
     #[error("{bdf}: It is no longer on the PCI bus")]
     Gone {
@@ -171,6 +183,7 @@ impl BindError {
             Self::Unfinished { .. } => "Unfinished",
             Self::NotBound { .. } => "NotBound",
             Self::NoVfioNode { .. } => "NoVfioNode",
+            Self::Observed { .. } => "Observed",
             Self::Gone { .. } => "DeviceGone",
         }
     }
@@ -182,6 +195,27 @@ impl BindError {
             _ => &[],
         }
     }
+}
+
+/// What comes of a step that does nothing; none where it does something.
+fn without_act(inventory: &Inventory, step: &Step) -> Option<Result<Option<String>, BindError>> {
+    let (bdf, reason) = (step.bdf, step.reason.clone());
+    let function = || inventory.get(bdf).ok_or(BindError::Gone { bdf });
+    match &step.action {
+        Action::Leave => Some(function().map(|function| function.driver.clone())),
+        Action::Refuse => Some(Err(BindError::Refused { bdf, reason })),
+        Action::Wait => Some(Err(BindError::InTransition { bdf, reason })),
+        Action::Bind { .. } | Action::Unbind => None,
+    }
+}
+
+/// What comes of a step where nothing is to be done.
+pub fn observed(inventory: &Inventory, step: Step) -> Outcome {
+    let result = without_act(inventory, &step).unwrap_or_else(|| {
+        let driver = inventory.get(step.bdf).and_then(|function| function.driver.clone());
+        Err(BindError::Observed { bdf: step.bdf, driver, would: step.action.clone(), reason: step.reason.clone() })
+    });
+    Outcome { step, result }
 }
 
 fn busy(held_by: &[String]) -> String {
@@ -324,36 +358,23 @@ impl Executor {
         let found = Found::default();
         for step in steps.iter().cloned() {
             let bdf = step.bdf;
-            match &step.action {
-                Action::Leave => {
-                    let function = inventory.get(bdf).ok_or(BindError::Gone { bdf });
-                    let result = function.map(|function| function.driver.clone());
-                    heard(Outcome { step, result });
+            if let Some(result) = without_act(inventory, &step) {
+                heard(Outcome { step, result });
+                continue;
+            }
+            let (executor, found, heard_of_it) = (self.clone(), Arc::clone(&found), Arc::clone(heard));
+            let (inventory, prior, its) = (Arc::clone(inventory), Arc::clone(prior), step.clone());
+            let work = move || {
+                let result = executor.act(&inventory, &its, &found, &prior);
+                if let Ok(driver) = &result {
+                    let driver = driver.as_deref().unwrap_or("none");
+                    info!(event = "device_bound", device = %bdf, driver, reason = its.reason, "device is as wanted");
                 }
-                Action::Refuse => {
-                    let result = Err(BindError::Refused { bdf, reason: step.reason.clone() });
-                    heard(Outcome { step, result });
-                }
-                Action::Wait => {
-                    let result = Err(BindError::InTransition { bdf, reason: step.reason.clone() });
-                    heard(Outcome { step, result });
-                }
-                Action::Bind { .. } | Action::Unbind => {
-                    let (executor, found, heard_of_it) = (self.clone(), Arc::clone(&found), Arc::clone(heard));
-                    let (inventory, prior, its) = (Arc::clone(inventory), Arc::clone(prior), step.clone());
-                    let work = move || {
-                        let result = executor.act(&inventory, &its, &found, &prior);
-                        if let Ok(driver) = &result {
-                            let driver = driver.as_deref().unwrap_or("none");
-                            info!(event = "device_bound", device = %bdf, driver, reason = its.reason, "device is as wanted");
-                        }
-                        heard_of_it(Outcome { step: its, result });
-                    };
-                    if let Err(error) = thread::Builder::new().name(bdf.to_string()).spawn(work) {
-                        warn!(device = %bdf, %error, "no thread can be started for the device");
-                        heard(Outcome { step, result: Err(BindError::Unfinished { bdf, seconds: 0 }) });
-                    }
-                }
+                heard_of_it(Outcome { step: its, result });
+            };
+            if let Err(error) = thread::Builder::new().name(bdf.to_string()).spawn(work) {
+                warn!(device = %bdf, %error, "no thread can be started for the device");
+                heard(Outcome { step, result: Err(BindError::Unfinished { bdf, seconds: 0 }) });
             }
         }
     }

@@ -67,6 +67,9 @@ impl BindingMetrics {
 
     /// Counts what has been done.
     pub(crate) fn count(&self, outcome: &Outcome) {
+        if let Err(BindError::Observed { .. }) = &outcome.result {
+            return;
+        }
         if let Err(error) = &outcome.result {
             self.failures.get_or_create(&CodeLabel { code: error.code() }).inc();
         }
@@ -104,7 +107,10 @@ impl BindingMetrics {
 /// The driver that is wanted, and the one that the device has as far as that is known.
 fn drivers(outcome: &Outcome) -> (String, String) {
     let has = |driver: &Option<String>| driver.clone().unwrap_or_else(|| "none".into());
-    let found = outcome.result.as_ref().map_or_else(|_| "unknown".into(), has);
+    let found = match &outcome.result {
+        Ok(driver) | Err(BindError::Observed { driver, .. }) => has(driver),
+        Err(_) => "unknown".into(),
+    };
     let wanted = match &outcome.step.action {
         Action::Bind { module } if outcome.result.is_err() => module.clone(),
         Action::Refuse | Action::Wait => "vfio".into(),

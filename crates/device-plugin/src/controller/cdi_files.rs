@@ -19,7 +19,7 @@ const LINGER: Duration = Duration::from_millis(500);
 impl Controller {
     /// Writes what is new before the kubelet is told of it, and keeps what goes until the kubelet has heard.
     pub(super) fn write_cdi(&mut self, now: &mut [Unit]) {
-        if self.config.manner.role == Role::Kubevirt {
+        if self.config.manner.role == Role::Kubevirt || self.config.looks.only_observe {
             return;
         }
         let stays = |unit: &Unit| now.iter().any(|now| named(now) == named(unit) && !now.nodes.is_empty());

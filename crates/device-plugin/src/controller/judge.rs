@@ -88,6 +88,9 @@ impl Controller {
     /// Keeps the feature file as the node is.
     fn write_features(&mut self, seen: &Observation) {
         let file = &self.config.looks.features_file;
+        if self.config.looks.only_observe {
+            return;
+        }
         match file.sync(&seen.inventory) {
             Ok(true) => {
                 tracing::info!(event = "features", path = %file.path().display(), "The node's features are told anew");

@@ -77,6 +77,8 @@ pub struct Looks {
     pub pod_resources: PathBuf,
     /// Feature file for Node Feature Discovery.
     pub features_file: FeatureFile,
+    /// Whether nothing is offered: what would be is in log, metrics and `units.json` alone.
+    pub only_observe: bool,
     /// Where the units are shown on request.
     pub state: StateDump,
 }
@@ -90,6 +92,7 @@ impl Default for Looks {
             settled: SETTLED,
             pod_resources: PathBuf::new(),
             features_file: FeatureFile::default(),
+            only_observe: false,
             state: StateDump::default(),
         }
     }
@@ -115,7 +118,9 @@ pub async fn run(
 ) -> Result<(), ControllerError> {
     // A folder that is not there cannot be watched, and cc-manager's first word would be heard a poll late. Where we may
     // not make it, the poll is all there is.
-    if let Err(error) = HostDir::open(&config.places.state_dir) {
+    if !config.looks.only_observe
+        && let Err(error) = HostDir::open(&config.places.state_dir)
+    {
         tracing::info!(reason = chain(&error), "The folder of devices.json is not there and cannot be made");
     }
     let Looks { flaps, settled, .. } = config.looks;

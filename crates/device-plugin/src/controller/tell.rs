@@ -34,6 +34,9 @@ impl Controller {
 
     /// Hands each resource its units, and brings a resource to life that has none yet.
     fn publish(&mut self) {
+        if self.config.looks.only_observe {
+            return;
+        }
         let mut lists: BTreeMap<ResourceName, Vec<Unit>> =
             self.resources.keys().map(|name| (name.clone(), Vec::new())).collect();
         for unit in &self.units {
