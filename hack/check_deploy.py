@@ -13,8 +13,11 @@ import threading
 from pathlib import Path
 
 import helm_python
+import jsonschema
 import kubernetes_validate
+import pydantic
 import yaml
+from cloudcoil.models.prometheus_operator import v1 as prometheus
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy/helm/ccnode"
@@ -23,10 +26,10 @@ NAMESPACE = "ccnode"
 
 # The oldest that the chart's policies work on, the newest that the tool knows.
 VERSIONS = ["1.32", "1.37"]
-# Kinds of others than Kubernetes, of which there are no schemas here.
+# Kinds of others than Kubernetes: those of the Prometheus Operator by types that are made from its own schemas, the rest by ours.
+PROMETHEUS = {("monitoring.coreos.com/v1", kind) for kind in ("PodMonitor", "PrometheusRule", "ServiceMonitor")}
+SCHEMAS = yaml.safe_load((ROOT / "hack/check-deploy.schemas.yaml").read_text())
 FOREIGN = {
-    ("monitoring.coreos.com/v1", "PodMonitor"),
-    ("monitoring.coreos.com/v1", "PrometheusRule"),
     ("nfd.k8s-sigs.io/v1alpha1", "NodeFeatureRule"),
     ("security.openshift.io/v1", "SecurityContextConstraints"),
 }
@@ -49,6 +52,11 @@ SWITCHES = {
     "vfioManager.bindNVSwitches": True,
     "devicePlugin.ccGate": "off",
     "devicePlugin.gpuAlias": "",
+    "devicePlugin.vfioBackend": "legacy",
+    "devicePlugin.deviceIdScheme": "pci",
+    "devicePlugin.ppciePolicy": "enforce",
+    "devicePlugin.features": True,
+    "hostPaths.cdi": "/etc/cdi",
     "openshift.enabled": True,
     "rbac.create": False,
     "policies.enabled": False,
@@ -58,6 +66,7 @@ SWITCHES = {
     "networkPolicy.scrapers": {"kubernetes.io/metadata.name": "monitoring"},
     "networkPolicy.apiServerCIDRs": ["10.0.0.1/32"],
     "prometheus.podMonitor.enabled": True,
+    "prometheus.serviceMonitor.enabled": True,
     "prometheus.rules.enabled": True,
     "grafana.enabled": True,
     "nfd.rules": True,
@@ -90,11 +99,20 @@ REFUSED = [
         ["All three agents are off"],
     ),
     ({"ccManager": {"enabled": False}}, ["no GPU would ever be offered"]),
-    ({"mode": "observe", "ccManager": {"enabled": False}}, ["mode: observe is cc-manager's"]),
     ({"ccManger": {"enabled": False}}, ["ccManger"]),
     ({"devicePlugin": {"image": {"repository": "device-plugin", "digest": "sha256:abc"}}}, ["digest"]),
     ({"hostPaths": {"kubelet": "var/lib/kubelet"}}, ["kubelet"]),
+    ({"devicePlugin": {"vfioBackend": "vfio"}}, ["vfioBackend", "iommufd"]),
+    ({"devicePlugin": {"deviceIdScheme": "bdf"}}, ["deviceIdScheme", "iommu"]),
+    ({"devicePlugin": {"ppciePolicy": "refuse"}}, ["ppciePolicy", "enforce"]),
+    ({"devicePlugin": {"ccGate": "on"}}, ["ccGate", "require"]),
+    ({"ccManager": {"onBusy": "evict"}}, ["onBusy", "refuse"]),
+    ({"cleanup": {"seconds": 0}}, ["seconds"]),
     ({"metrics": {"port": 80}}, ["port"]),
+    (
+        {"prometheus": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
+        ["each would be read twice"],
+    ),
 ]
 
 # A ClusterPolicy's spec, the values, and which agents are named in the refusal; none: it is no trouble.
@@ -194,6 +212,29 @@ def is_hook(item):
     return "helm.sh/hook" in item.get("metadata", {}).get("annotations", {})
 
 
+def unknown_to(given, kept, path=""):
+    """The first part of what was given that was not kept; None: it is all there."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        missing = next((f"{path}.{key} is unknown" for key in given if key not in kept), None)
+        return missing or next(filter(None, (unknown_to(value, kept[key], f"{path}.{key}") for key, value in given.items())), None)
+    if isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        pairs = enumerate(zip(given, kept, strict=True))
+        return next(filter(None, (unknown_to(one, other, f"{path}[{index}]") for index, (one, other) in pairs)), None)
+    return None if given == kept else f"{path}: {given} became {kept}"
+
+
+def complaint_of(kind, item):
+    """What is wrong with an object of a foreign kind; None: nothing."""
+    if kind in PROMETHEUS:
+        try:
+            read = getattr(prometheus, kind[1]).model_validate(item)
+        except pydantic.ValidationError as error:
+            return str(error)
+        return unknown_to(item, read.model_dump(by_alias=True, exclude_none=True, mode="json"))
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SCHEMAS[kind[1]]).iter_errors(item))
+    return f"{error.json_path}: {error.message}" if error else None
+
+
 class Schemas:
     """Objects against Kubernetes' schemas; each different one once."""
 
@@ -203,13 +244,15 @@ class Schemas:
 
     def check(self, item, where):
         kind = (item.get("apiVersion"), item.get("kind"))
-        if kind in FOREIGN:
-            self.foreign.add(kind[1])
-            return
         text = json.dumps(item, sort_keys=True)
         if text in self.seen:
             return
         self.seen.add(text)
+        if kind in PROMETHEUS | FOREIGN:
+            self.foreign.add(kind[1])
+            if complaint := complaint_of(kind, item):
+                raise Failure(f"{where}: {kind[1]} {item['metadata'].get('name')}: {complaint}")
+            return
         for version in VERSIONS:
             try:
                 kubernetes_validate.validate(item, version, strict=True)
@@ -242,6 +285,12 @@ def check_object(item, where):
             raise Failure(f"{name}: capabilities are not dropped")
         if not {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes:
             raise Failure(f"{name}: a mount without volume")
+        environment = {item["name"]: item.get("value") for item in container.get("env", [])}
+        if environment.get("CCNODE_MODE") == "observe" and agent in ("vfio-manager", "device-plugin"):
+            # Its units.json is what it tells by.
+            writable = {mount["name"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+            if not writable <= {"tmp", "plugins"} or context["capabilities"].get("add"):
+                raise Failure(f"{name}: it only observes, and could change something: {writable}")
         if not container["resources"].get("requests"):
             raise Failure(f"{name}: no requests")
 
@@ -258,7 +307,7 @@ def variants(helm, schemas):
             texts = helm.render(values)
         except Failure as error:
             # What contradicts itself is refused in our own words.
-            known = ["No node is selected", "mode: observe is", "no GPU would ever", "policies.ppcie counts", "All three"]
+            known = ["each would be read twice", "No node is selected", "no GPU would ever", "policies.ppcie counts", "All three"]
             if not any(text in str(error) for text in known):
                 raise Failure(f"{where}: {error}") from error
             refused += 1
@@ -410,12 +459,14 @@ def renderings(helm):
     """Each committed file with what is to be in it."""
     default = helm.render({})
     everything = helm.render(yaml.safe_load((VALUES / "everything.yaml").read_text()))
+    observe = helm.render(yaml.safe_load((VALUES / "observe.yaml").read_text()))
     base = helm.render({"namespace": {"create": True}})
     policies = helm.render(yaml.safe_load((VALUES / "operator-policies.yaml").read_text()))
     images = sorted({image for text in default.values() for image in re.findall(r"\bimage: (\S+)", text)})
     manager = lambda text: text.replace("app.kubernetes.io/managed-by: Helm", "app.kubernetes.io/managed-by: ccnode")
     files = {
         RENDERED / "default.yaml": head("The chart with its default values.") + joined(default),
+        RENDERED / "observe.yaml": head("The chart with deploy/helm/values/observe.yaml.") + joined(observe),
         RENDERED / "everything.yaml": head("The chart with deploy/helm/values/everything.yaml.") + joined(everything),
         # Kustomize knows no hooks: ccnode cleanup is run by hand there.
         ROOT / "deploy/kustomize/base/ccnode.yaml": manager(
@@ -429,7 +480,7 @@ def renderings(helm):
         ROOT / "deploy/images.txt": "".join(f"{image}\n" for image in images),
     }
     sources = [path for path in sorted(CHART.rglob("*")) if path.is_file()]
-    sources += [VALUES / "everything.yaml", VALUES / "operator-policies.yaml"]
+    sources += [VALUES / "everything.yaml", VALUES / "observe.yaml", VALUES / "operator-policies.yaml"]
     digests = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(ROOT)}\n" for path in sources)
     files[SOURCES] = "".join(digests)
     return files
@@ -457,6 +508,24 @@ def kustomize(_helm, schemas):
             check_object(item, str(folder.relative_to(ROOT)))
             count += 1
     return f"{count} objects of base and example"
+
+
+def strictness(_helm, schemas):
+    """A mistake in an object of a foreign kind is seen, wherever it is."""
+    seen = 0
+    for item in objects((RENDERED / "everything.yaml").read_text()):
+        kind = (item["apiVersion"], item["kind"])
+        if kind not in PROMETHEUS | FOREIGN:
+            continue
+        if complaint_of(kind, {**item, "sepc": {}}) is None:
+            raise Failure(f"{kind[1]}: nobody misses a wrong field")
+        wrong = json.loads(json.dumps(item))
+        inner = wrong["spec"] if "spec" in wrong else wrong["runAsUser"]
+        inner["colour"] = "blue"
+        if complaint_of(kind, wrong) is None:
+            raise Failure(f"{kind[1]}: nobody misses a wrong field within")
+        seen += 1
+    return f"{seen} objects of foreign kinds, each with two mistakes"
 
 
 def samples(_helm, schemas):
@@ -501,6 +570,30 @@ def alerts(_helm, _schemas):
     return f"{len(rules)} alerts, each with a test and a runbook"
 
 
+def dashboard(_helm, _schemas):
+    """Prometheus understands what the panels ask; which metrics there are is for tests/tests/chart.rs."""
+
+    def expressions(value):
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from [inner] if name == "expr" and isinstance(inner, str) else expressions(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from expressions(inner)
+
+    asked = list(expressions(json.loads((ROOT / "deploy/dashboards/ccnode.json").read_text())))
+    # As Grafana puts them in for all nodes.
+    asked = [text.replace("$__rate_interval", "2m").replace("$node", ".*") for text in asked]
+    if left := [text for text in asked if "$" in text]:
+        raise Failure(f"variables that there are none of: {left}")
+    rules = [{"record": f"panel:{index}", "expr": text} for index, text in enumerate(asked)]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}, file)
+        file.flush()
+        run(["promtool", "check", "rules", file.name])
+    return f"{len(asked)} queries"
+
+
 CHECKS = {
     "the chart's rules": lint,
     "every switch": variants,
@@ -509,9 +602,11 @@ CHECKS = {
     "what is refused in a cluster": beside,
     "committed renderings": committed,
     "kustomize": kustomize,
+    "foreign kinds": strictness,
     "samples": samples,
     "shell scripts": shell,
     "alerts": alerts,
+    "dashboard": dashboard,
 }
 
 
@@ -532,7 +627,7 @@ def main():
             failed += 1
             print(f"FAILED  {name}: {failure}")
     kinds = ", ".join(sorted(schemas.foreign))
-    print(f"{len(schemas.seen)} different objects checked against the schemas of {' and '.join(VERSIONS)}; no schema here for {kinds}")
+    print(f"{len(schemas.seen)} different objects checked against the schemas of {' and '.join(VERSIONS)}, and of {kinds}")
     print(f"{len(CHECKS) - failed} passed, {failed} failed")
     sys.exit(1 if failed else 0)
 

@@ -96,6 +96,7 @@ fn kubernetes_types_take_every_object_and_lose_nothing() -> Result<()> {
     let mut read = 0;
     for file in [
         "rendered/default.yaml",
+        "rendered/observe.yaml",
         "rendered/everything.yaml",
         "kustomize/base/ccnode.yaml",
         "policies/gpu-operator.yaml",
@@ -571,6 +572,30 @@ fn a_pod_gets_the_whole_board_or_nothing_of_it() -> Result<()> {
             Verdict::Refused(message) => !allowed && message.contains("nvidia.com/pgpu: 8 and nvidia.com/nvswitch: 4"),
         };
         ensure!(is_so, "{first:?} {containers:?} {selector:?}: {found:?}");
+    }
+    // Node affinity: whoever can come to no other nodes selects these.
+    let by = |operator: &str, values: &[&str]| json!({"key": STATE, "operator": operator, "values": values});
+    let zone = json!({"key": "topology.kubernetes.io/zone", "operator": "Exists"});
+    for (terms, allowed) in [
+        (json!([{"matchExpressions": [zone, by("In", &["ppcie"])]}]), false),
+        (
+            json!([{"matchExpressions": [by("In", &["ppcie"])]}, {"matchExpressions": [by("In", &["ppcie"]), zone]}]),
+            false,
+        ),
+        (json!([{"matchExpressions": [by("In", &["ppcie"])]}, {"matchExpressions": [zone]}]), true),
+        (json!([{"matchExpressions": [by("In", &["on", "ppcie"])]}]), true),
+        (json!([{"matchExpressions": [by("NotIn", &["ppcie"])]}]), true),
+        (json!([{"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n1"]}]}]), true),
+    ] {
+        let affinity =
+            json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}});
+        let new = json!({"metadata": {"name": "p"}, "spec": {"containers": [container([1, 0])], "affinity": affinity}});
+        let (user, groups) = SOMEBODY;
+        let old = Value::Null;
+        let ask = Ask { user, groups, node: None, operation: "CREATE", resource: "pods", old, new };
+        let found = policies.judge(&ask)?;
+        ensure!((found == Verdict::Allowed) == allowed, "{terms}: {found:?}");
+        ensure!(!matches!(&found, Verdict::Refused(message) if message.starts_with("error")), "{found:?}");
     }
     let sample = Rendering::read("samples/ppcie.yaml")?.objects.remove(0);
     let (user, groups) = SOMEBODY;

@@ -79,6 +79,8 @@ annotations:
   valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
 - name: HEALTH_ADDR
   value: {{ printf "%s:%v" .Values.metrics.address .Values.metrics.port | quote }}
+- name: CCNODE_MODE
+  value: {{ .Values.mode }}
 - name: LOG_FORMAT
   value: {{ .Values.logs.format }}
 - name: LOG_LEVEL
@@ -103,12 +105,9 @@ readinessProbe:
   timeoutSeconds: 5
 {{- end -}}
 
-{{/* Whether an agent is installed: observing, only cc-manager is */}}
-{{- define "ccnode.hasVfioManager" -}}
-{{- if and .Values.vfioManager.enabled (eq .Values.mode "enforce") }}true{{ end -}}
-{{- end -}}
-{{- define "ccnode.hasDevicePlugin" -}}
-{{- if and .Values.devicePlugin.enabled (eq .Values.mode "enforce") }}true{{ end -}}
+{{/* Whether nothing on the nodes is changed */}}
+{{- define "ccnode.observes" -}}
+{{- if eq .Values.mode "observe" }}true{{ end -}}
 {{- end -}}
 
 {{/* What the schema cannot say: every template of an agent's begins with it */}}
@@ -116,9 +115,6 @@ readinessProbe:
 {{- $v := .Values -}}
 {{- if not (or $v.ccManager.enabled $v.vfioManager.enabled $v.devicePlugin.enabled (and $v.policies.enabled $v.policies.operator.enabled)) -}}
 {{- fail "\n\nAll three agents are off: enable at least one of ccManager, vfioManager and devicePlugin.\n" -}}
-{{- end -}}
-{{- if and (eq $v.mode "observe") (not $v.ccManager.enabled) -}}
-{{- fail "\n\nmode: observe is cc-manager's: enable ccManager, or set mode: enforce.\n" -}}
 {{- end -}}
 {{- if not (or $v.nodes.workloadConfig $v.nodes.enabledLabel) -}}
 {{- fail "\n\nNo node is selected: set nodes.workloadConfig or nodes.enabledLabel to true.\n" -}}
@@ -129,7 +125,7 @@ readinessProbe:
 {{- if and $v.ccManager.defaultMode (not (has $v.ccManager.defaultMode $v.ccManager.allowedModes)) -}}
 {{- fail (printf "\n\nccManager.defaultMode %q is not among ccManager.allowedModes (%s).\n" $v.ccManager.defaultMode (join ", " $v.ccManager.allowedModes)) -}}
 {{- end -}}
-{{- if and (include "ccnode.hasDevicePlugin" .) (not $v.ccManager.enabled) (eq $v.devicePlugin.ccGate "require") -}}
+{{- if and $v.devicePlugin.enabled (not $v.ccManager.enabled) (eq $v.devicePlugin.ccGate "require") (not (include "ccnode.observes" .)) -}}
 {{- fail "\n\ndevicePlugin.ccGate is require and ccManager is not enabled: no GPU would ever be offered. Enable ccManager, or set devicePlugin.ccGate: \"off\".\n" -}}
 {{- end -}}
 {{- if and $v.policies.enabled (semverCompare "<1.32.0-0" .Capabilities.KubeVersion.Version) -}}
@@ -138,12 +134,16 @@ readinessProbe:
 {{- if and $v.policies.ppcie.enabled $v.policies.enabled (not (and $v.devicePlugin.gpuAlias $v.devicePlugin.nvswitchAlias)) -}}
 {{- fail "\n\npolicies.ppcie counts the resources named by devicePlugin.gpuAlias and nvswitchAlias: name both, or set policies.ppcie.enabled=false.\n" -}}
 {{- end -}}
+{{- if and $v.prometheus.podMonitor.enabled $v.prometheus.serviceMonitor.enabled -}}
+{{- fail "\n\nprometheus.podMonitor and prometheus.serviceMonitor find the same agents, and each would be read twice: enable one of them.\n" -}}
+{{- end -}}
 {{- include "ccnode.refuseOperator" . -}}
 {{- end -}}
 
 {{/* Two agents of one kind on one node would work against each other. Without a cluster (helm template) nothing is found. */}}
 {{- define "ccnode.refuseOperator" -}}
 {{- $v := .Values -}}
+{{- $acts := not (include "ccnode.observes" .) -}}
 {{- range $policy := (lookup "nvidia.com/v1" "ClusterPolicy" "" "").items -}}
 {{- $spec := $policy.spec | default dict -}}
 {{- $sandbox := $spec.sandboxWorkloads | default dict -}}
@@ -153,11 +153,11 @@ readinessProbe:
 {{- if and $v.ccManager.enabled $kata (ne (toString (dig "ccManager" "enabled" true $spec)) "false") -}}
 {{- $both = append $both "ccManager" -}}
 {{- end -}}
-{{- if and (include "ccnode.hasVfioManager" $) (ne (toString (dig "vfioManager" "enabled" true $spec)) "false") -}}
+{{- if and $acts $v.vfioManager.enabled (ne (toString (dig "vfioManager" "enabled" true $spec)) "false") -}}
 {{- $both = append $both "vfioManager" -}}
 {{- end -}}
 {{- $theirs := ternary "kataSandboxDevicePlugin" "sandboxDevicePlugin" $kata -}}
-{{- if and (include "ccnode.hasDevicePlugin" $) (ne (toString (dig $theirs "enabled" true $spec)) "false") -}}
+{{- if and $acts $v.devicePlugin.enabled (ne (toString (dig $theirs "enabled" true $spec)) "false") -}}
 {{- $both = append $both "devicePlugin" -}}
 {{- end -}}
 {{- if $both -}}
