@@ -111,7 +111,8 @@ impl Account {
         let files = node.api.service_account_files(&token, namespace);
         let folder = format!("/run/accounts/{name}");
         for (file, content) in [("ca.crt", files.ca_crt), ("token", files.token), ("namespace", files.namespace)] {
-            node.guest.put_file(content.as_bytes(), &format!("{folder}/{file}"), 0o600)?;
+            // The kubelet gives the token to the pod's user.
+            node.guest.put_file(content.as_bytes(), &format!("{folder}/{file}"), 0o644)?;
         }
         Ok(Self { folder })
     }

@@ -90,9 +90,10 @@ impl Rendering {
         self.container_of("DaemonSet", &format!("ccnode-{agent}"), agent)
     }
 
-    /// A container of a DaemonSet or Job, whether it runs on or comes before the others.
+    /// A container of a DaemonSet, a Job or a pod, whether it runs on or comes before the others.
     pub fn container_of(&self, kind: &str, owner: &str, name: &str) -> Result<Container> {
-        let pod = &self.object(kind, owner)?["spec"]["template"]["spec"];
+        let spec = &self.object(kind, owner)?["spec"];
+        let pod = if kind == "Pod" { spec } else { &spec["template"]["spec"] };
         let mut containers =
             [&pod["initContainers"], &pod["containers"]].into_iter().filter_map(Value::as_array).flatten();
         let manifest = containers.find(|item| item["name"] == name).context("its pod has no such container")?;
