@@ -57,6 +57,7 @@ SWITCHES = {
     "devicePlugin.ppciePolicy": "enforce",
     "devicePlugin.features": True,
     "hostPaths.cdi": "/etc/cdi",
+    "hostPaths.cdiStatic": "",
     "openshift.enabled": True,
     "rbac.create": False,
     "policies.enabled": False,
