@@ -22,7 +22,7 @@ use lab_kube::api_server::Rule;
 use node_object::annotations;
 use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
 use operator::Components;
-use real_kube::{Account, Api, Cluster, IMAGE, MERGE, NODE, PATIENCE, real, run};
+use real_kube::{Account, Api, Cluster, IMAGE, MERGE, NODE, PATIENCE, audited, run};
 use serde_json::{Value, json};
 
 /// The namespace in which the chart expects the operator's components.
@@ -31,25 +31,6 @@ const OPERATOR: &str = "gpu-operator";
 async fn want(api: &Api, node: &str, mode: Option<Mode>) -> Result<()> {
     let labels = json!({"metadata": {"labels": {CC_MODE: mode.map(Mode::as_str)}}});
     api.patch(&format!("/api/v1/nodes/{node}"), MERGE, &labels).await?.is(200).map(drop)
-}
-
-/// What an account has asked, from the server's audit log: verb and resource, the code of a refusal, and how often.
-fn audited(account: &Account) -> Result<BTreeMap<String, usize>> {
-    let log = std::fs::read_to_string(real()?.join("logs/audit.log")).context("the audit log")?;
-    let mut counts = BTreeMap::new();
-    for line in log.lines().filter(|line| line.contains(&account.user)) {
-        let Ok(entry) = serde_json::from_str::<Value>(line) else { continue };
-        let is_begin = entry["stage"] == if entry["verb"] == "watch" { "ResponseStarted" } else { "ResponseComplete" };
-        if entry["user"]["username"] != account.user.as_str() || !is_begin {
-            continue;
-        }
-        let (verb, resource) = (entry["verb"].as_str(), entry["objectRef"]["resource"].as_str());
-        let code = entry["responseStatus"]["code"].as_u64().filter(|code| *code >= 300);
-        let refused = code.map(|code| format!(", {code}")).unwrap_or_default();
-        let what = format!("{} {}{refused}", verb.unwrap_or_default(), resource.unwrap_or_default());
-        *counts.entry(what).or_default() += 1;
-    }
-    Ok(counts)
 }
 
 /// What has been asked since.

@@ -273,13 +273,19 @@ fn cut_after(first: Bytes) -> Body {
 /// The body of a watch, until the test cuts it.
 fn watched(body: Body, cuts: watch::Receiver<()>, is_slow: bool) -> Body {
     let stream = futures::stream::unfold((body, cuts), move |(mut body, mut cuts)| async move {
-        let frame = tokio::select! {
-            frame = body.frame() => frame?,
-            Ok(()) = cuts.changed() => Err(cut()),
+        let next = async {
+            let frame = body.frame().await;
+            if is_slow {
+                tokio::time::sleep(LATE).await;
+            }
+            frame
         };
-        if is_slow {
-            tokio::time::sleep(LATE).await;
-        }
+        // A cut is never late.
+        let frame = tokio::select! {
+            biased;
+            Ok(()) = cuts.changed() => Err(cut()),
+            frame = next => frame?,
+        };
         Some((frame, (body, cuts)))
     });
     StreamBody::new(stream).boxed_unsync()

@@ -24,7 +24,7 @@ use lab_vm::{Command, Guest, Process};
 use nix::sys::signal::Signal;
 use node_object::labels::CC_MODE;
 use operator::Components;
-use real_kube::{Account, Cluster, MERGE, NODE, run};
+use real_kube::{Account, Cluster, MERGE, NODE, audited, run};
 use serde_json::{Value, json};
 
 /// The marker of a driver-manager that has paused a component.
@@ -187,6 +187,13 @@ fn agents_on_a_real_kernel_pause_what_real_controllers_then_end() -> Result<()> 
             let status = agent.wait(CHANGE)?;
             ensure!(status.success(), "{status}\n{}", logs());
         }
+        // driver-manager has looked at its node and written it once; vfio-manager asks nothing, whatever it may.
+        let asked = audited(&vfio_manager)?;
+        println!("audit: driver-manager and vfio-manager: {asked:?}");
+        ensure!(
+            asked == [("list nodes", 1), ("patch nodes", 1)].map(|(what, count)| (what.to_owned(), count)).into(),
+            "{asked:?}"
+        );
         want(None).await?;
         components.remove().await
     })

@@ -265,6 +265,25 @@ pub(crate) struct Account {
     token: String,
 }
 
+/// What an account has asked, from our server's audit log: verb and resource, the code of a refusal, and how often.
+pub(crate) fn audited(account: &Account) -> Result<BTreeMap<String, usize>> {
+    let log = std::fs::read_to_string(real()?.join("logs/audit.log")).context("the audit log")?;
+    let mut counts = BTreeMap::new();
+    for line in log.lines().filter(|line| line.contains(&account.user)) {
+        let Ok(entry) = serde_json::from_str::<Value>(line) else { continue };
+        let is_begin = entry["stage"] == if entry["verb"] == "watch" { "ResponseStarted" } else { "ResponseComplete" };
+        if entry["user"]["username"] != account.user.as_str() || !is_begin {
+            continue;
+        }
+        let (verb, resource) = (entry["verb"].as_str(), entry["objectRef"]["resource"].as_str());
+        let code = entry["responseStatus"]["code"].as_u64().filter(|code| *code >= 300);
+        let refused = code.map(|code| format!(", {code}")).unwrap_or_default();
+        let what = format!("{} {}{refused}", verb.unwrap_or_default(), resource.unwrap_or_default());
+        *counts.entry(what).or_default() += 1;
+    }
+    Ok(counts)
+}
+
 enum Back {
     Real { is_ours: bool },
     StandIn(Box<ApiServer>),
