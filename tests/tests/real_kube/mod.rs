@@ -23,8 +23,8 @@ use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 use tonic::Status;
 
-/// Time for anything to come about.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+/// Time for anything to come about. A kubelet of 1.20 takes a minute now and then until it confirms the end of a pod.
+pub(crate) const PATIENCE: Duration = Duration::from_mins(3);
 
 pub(crate) const MERGE: &str = "application/merge-patch+json";
 pub(crate) const STRATEGIC: &str = "application/strategic-merge-patch+json";
