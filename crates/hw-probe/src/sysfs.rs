@@ -337,9 +337,15 @@ where
                 let mut stuck = stuck();
                 // Readers answer under this lock: what is not there now comes too late.
                 receiver.try_recv().inspect_err(|_| {
-                    // Relaxed: the flag is read and written only under the lock.
+                    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+                    // Relaxed: the flag is read and written only under the locks.
                     is_given_up.store(true, Ordering::Relaxed);
-                    stuck.insert(path);
+                    // A reader that has not come to it, on a machine that is busy enough, is late and not stuck.
+                    if waiting.front().is_some_and(|(next, ..)| *next == index) {
+                        waiting.pop_front();
+                    } else {
+                        stuck.insert(path);
+                    }
                 })
             });
             match result {
@@ -362,7 +368,11 @@ where
     T: Send + 'static,
     F: FnOnce() -> io::Result<T> + Send + 'static,
 {
-    let next = move || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let given_up = Arc::clone(&is_given_up);
+    let next = move || {
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if given_up.load(Ordering::Relaxed) { None } else { waiting.pop_front() }
+    };
     Box::new(move |own| {
         let mut found = next();
         while let Some((_, path, read)) = found.take() {
@@ -452,6 +462,23 @@ mod tests {
         assert_eq!(told[0].as_ref().unwrap_err().kind(), io::ErrorKind::TimedOut, "it is not asked again meanwhile");
         release.send(()).unwrap();
         assert!(patiently_each(Vec::<(PathBuf, Read)>::new(), Duration::ZERO).is_empty());
+    }
+
+    #[test]
+    fn every_read_is_answered_or_late_however_little_patience_there_is() {
+        for round in 0..200_u32 {
+            let reads: Vec<_> = (0..8_u32)
+                .map(|number| (PathBuf::from(format!("/nowhere/{round}/{number}")), move || Ok(number)))
+                .collect();
+            let results = patiently_each(reads, Duration::from_micros(u64::from(round % 20)));
+            assert_eq!(results.len(), 8);
+            for (number, result) in (0..).zip(results) {
+                match result {
+                    Ok(read) => assert_eq!(read, number, "each has its own answer"),
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::TimedOut),
+                }
+            }
+        }
     }
 
     #[test]
