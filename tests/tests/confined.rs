@@ -8,11 +8,12 @@ use lab_vm::Add;
 use nix::sys::signal::Signal;
 
 /// What a container of it mounts, and its program. No /dev.
-const PLACES: [&str; 6] = [
+const PLACES: [&str; 7] = [
     "ro:/usr/bin/device-plugin",
     "ro:/proc",
     "ro:/sys",
     "ro:/run/nvidia/ccnode",
+    "ro:/var/lib/kubelet/pod-resources",
     "rw:/var/lib/kubelet/device-plugins",
     "rw:/var/run/cdi",
 ];
@@ -40,6 +41,9 @@ fn the_device_plugin_works_without_capabilities_on_a_read_only_root_without_devi
         assert_eq!(field(set), Some("0000000000000000"), "{status}");
     }
     assert_eq!(field("NoNewPrivs:"), Some("1"), "{status}");
+    assert_eq!((field("Seccomp:"), field("Seccomp_filters:")), (Some("2"), Some("2")), "{status}");
+    let refused = "lab-confine: a call that is in no list is refused";
+    assert!(node.agent("lab-confine")?.log().iter().any(|(_, line)| line.contains(refused)), "{}", node.logs());
     let root = format!("/proc/{pid}/root");
     node.guest.shell(&format!("ls {root}; ! ls {root}/dev && ! touch {root}/x && ! touch {root}/sys/x"), STEP)?;
     let listed = node.look(&["ls", &root])?.text();
@@ -48,6 +52,12 @@ fn the_device_plugin_works_without_capabilities_on_a_read_only_root_without_devi
     // Allocate, CDI, and what Kata makes of them.
     node.create_pod("first", PGPU, 2)?;
     node.await_pod("first", "Running", STEP)?;
+    // Which pod has them, by the kubelet's pod-resources service: asked at the next look, for which this is a reason.
+    node.look(&["touch", "/var/run/cdi/a-reason-to-look"])?;
+    await_that("the units have their pod", &node, || {
+        let units = String::from_utf8(node.guest.get_file("/var/lib/kubelet/device-plugins/ccnode/units.json")?)?;
+        Ok(units.matches("\"pod\":\"default/first\"").count() == 2 && units.contains("pod-resources service"))
+    })?;
     node.api.delete("pods", "default", "first", Some(0))?;
 
     // A change of modes is heard of by the file of cc-manager's.
