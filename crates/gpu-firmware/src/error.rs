@@ -480,7 +480,10 @@ impl Fault {
     /// The cure, in one line.
     pub const fn remedy(&self) -> &'static str {
         match self {
-            Self::PermissionDenied { .. } => "run as root, with the device's files in sysfs and /dev/vfio writable",
+            Self::PermissionDenied { .. } => {
+                "run as root, with the device's files in sysfs and /dev/vfio writable; in a container: privileged, as its device \
+                 rules refuse /dev/vfio otherwise"
+            }
             Self::Lockdown { .. } => {
                 "bind the GPU to vfio-pci, which lockdown allows, or turn Secure Boot's lockdown off on this host"
             }
