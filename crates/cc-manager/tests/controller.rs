@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests, which have failed when these do")]
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -667,22 +667,24 @@ impl PodResourcesLister for FakeKubelet {
     }
 }
 
-impl FakeKubelet {
-    fn serve(&self, socket: &Path) {
-        let listener = kubelet_api::socket::listen(socket).unwrap();
-        let router = tonic::transport::Server::builder().add_service(PodResourcesListerServer::new(self.clone()));
+impl World {
+    /// An agent beside a kubelet that can be asked, on a node that is in mode on.
+    async fn start_beside_a_kubelet(&self) -> (FakeKubelet, Agent) {
+        let kubelet = FakeKubelet::default();
+        let socket = self.here.path().join("kubelet.sock");
+        let listener = kubelet_api::socket::listen(&socket).unwrap();
+        let router = tonic::transport::Server::builder().add_service(PodResourcesListerServer::new(kubelet.clone()));
         tokio::spawn(kubelet_api::socket::serve(router, listener, std::future::pending()));
+        let agent = self.start_as(|settings| settings.pod_resources = socket);
+        self.until_state("on", "true").await;
+        (kubelet, agent)
     }
 }
 
 #[tokio::test]
 async fn a_pod_that_was_admitted_before_a_change_and_starts_after_it_is_told_of() {
     let world = World::new(&[(A, H100), (B, H100)]);
-    let kubelet = FakeKubelet::default();
-    let socket = world.here.path().join("kubelet.sock");
-    kubelet.serve(&socket);
-    let agent = world.start_as(|settings| settings.pod_resources = socket);
-    world.until_state("on", "true").await;
+    let (kubelet, agent) = world.start_beside_a_kubelet().await;
     let told = |world: &World| {
         let events = world.api.events().into_iter();
         events.filter(|(reason, _)| reason == "PodAdmittedBeforeChange").map(|(_, note)| note).collect::<Vec<_>>()
@@ -708,11 +710,7 @@ async fn a_pod_that_was_admitted_before_a_change_and_starts_after_it_is_told_of(
 #[tokio::test]
 async fn a_gpu_that_a_pod_has_been_given_is_in_use_before_it_is_opened() {
     let world = World::new(&[(A, H100), (B, H100)]);
-    let kubelet = FakeKubelet::default();
-    let socket = world.here.path().join("kubelet.sock");
-    kubelet.serve(&socket);
-    let agent = world.start_as(|settings| settings.pod_resources = socket);
-    world.until_state("on", "true").await;
+    let (kubelet, agent) = world.start_beside_a_kubelet().await;
 
     kubelet.0.lock().unwrap().extend([("vm", "nvidia.com/pgpu", A), ("web", "example.com/nic", B)]);
     let looks = world.firmware.looks().len();
