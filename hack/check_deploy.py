@@ -68,7 +68,7 @@ SWITCHES = {
     "networkPolicy.apiServerCIDRs": ["10.0.0.1/32"],
     "prometheus.podMonitor.enabled": True,
     "prometheus.serviceMonitor.enabled": True,
-    "prometheus.rules.enabled": True,
+    "prometheus.rules": {"enabled": True, "runbookBase": "https://docs.example.org/ccnode"},
     "grafana.enabled": True,
     "nfd.rules": True,
     "runtimeClasses.enabled": True,
@@ -114,6 +114,8 @@ REFUSED = [
         {"prometheus": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
         ["each would be read twice"],
     ),
+    ({"prometheus": {"rules": {"enabled": True}}}, ["set prometheus.rules.runbookBase"]),
+    ({"prometheus": {"rules": {"runbookBase": "docs"}}}, ["runbookBase"]),
 ]
 
 # A ClusterPolicy's spec, the values, and which agents are named in the refusal; none: it is no trouble.

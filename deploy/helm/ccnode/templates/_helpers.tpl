@@ -137,6 +137,9 @@ readinessProbe:
 {{- if and $v.prometheus.podMonitor.enabled $v.prometheus.serviceMonitor.enabled -}}
 {{- fail "\n\nprometheus.podMonitor and prometheus.serviceMonitor find the same agents, and each would be read twice: enable one of them.\n" -}}
 {{- end -}}
+{{- if and $v.prometheus.rules.enabled (not $v.prometheus.rules.runbookBase) -}}
+{{- fail "\n\nprometheus.rules.enabled: each alert links its runbook; set prometheus.rules.runbookBase to the address at which your people find the folder docs of this release, e.g. https://docs.example.org/ccnode.\n" -}}
+{{- end -}}
 {{- include "ccnode.refuseOperator" . -}}
 {{- end -}}
 
