@@ -299,7 +299,7 @@ pub(crate) struct Cluster {
     pub(crate) admin_kubeconfig: String,
     /// The second number of its version.
     pub(crate) minor: u32,
-    /// Distinguishes what this run makes from what others have made.
+    /// Distinguishes what is made here from what others have made.
     tag: String,
     made: AtomicU32,
 }
@@ -322,6 +322,7 @@ impl Cluster {
     }
 
     async fn with(back: Back, kubeconfig: &str) -> Result<Self> {
+        static ALL: AtomicU32 = AtomicU32::new(0);
         let admin = Api::new(kubeconfig).await?;
         let file = kube::config::Kubeconfig::from_yaml(kubeconfig)?;
         let cluster = file.clusters.into_iter().find_map(|named| named.cluster).context("no cluster")?;
@@ -338,7 +339,7 @@ impl Cluster {
         let minor = version["minor"].as_str().unwrap_or_default();
         let minor = minor.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().context("the server's version")?;
         let now = jiff::Timestamp::now().as_millisecond() % 1_000_000_000;
-        let tag = format!("{}-{now}", std::process::id());
+        let tag = format!("{}-{now}-{}", std::process::id(), ALL.fetch_add(1, Ordering::Relaxed));
         let admin_kubeconfig = kubeconfig.to_owned();
         Ok(Self { back, url, ca, admin, admin_kubeconfig, minor, tag, made: AtomicU32::new(0) })
     }
