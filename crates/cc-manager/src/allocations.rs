@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use agent_core::state::{ErrorRecord, HolderRecord};
 use agent_core::text::chain;
@@ -17,24 +17,47 @@ use crate::executor::DeviceFault;
 /// Longest wait for connection and answer together.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// A kubelet whose socket is younger, and that names no pod whatever, has not heard of its pods yet.
+const BEGINNING: Duration = Duration::from_secs(10);
+
+/// How often such a one is asked.
+const AGAIN: Duration = Duration::from_millis(100);
+
 /// Resources of NVIDIA's plugins and of ours begin so.
 const RESOURCES: &str = "nvidia.com/";
 
 /// The pod of each device, as `namespace/name`; none where the kubelet's socket is not there to be asked (it is not mounted under
-/// the operator). Does not wait long.
+/// the operator). Does not wait long: a kubelet that names no pod when it has just started is asked again for as long as for an
+/// answer, and then it is an error.
 pub(crate) async fn pods(socket: &Path, devices: &[PciFunction]) -> Result<BTreeMap<Bdf, String>, String> {
     if socket.as_os_str().is_empty() || !socket.exists() {
         return Ok(BTreeMap::new());
     }
+    let mut has_just_started = false;
     let ask = async {
         let channel = connect(socket, PATIENCE).await.map_err(|error| chain(&error))?;
-        let answer = PodResourcesListerClient::new(channel).list(ListPodResourcesRequest {}).await;
-        answer.map_err(|status| format!("{:?}: {}", status.code(), status.message()))
+        let mut lister = PodResourcesListerClient::new(channel);
+        loop {
+            let answer = lister.list(ListPodResourcesRequest {}).await;
+            let answer = answer.map_err(|status| format!("{:?}: {}", status.code(), status.message()))?.into_inner();
+            has_just_started = answer.pod_resources.is_empty() && is_young(socket);
+            if !has_just_started {
+                return Ok(by_device(&answer, devices));
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
     };
     match tokio::time::timeout(PATIENCE, ask).await {
-        Ok(answer) => Ok(by_device(&answer?.into_inner(), devices)),
+        Ok(answer) => answer,
+        Err(_) if has_just_started => Err("The kubelet has just started and names no pod yet".to_owned()),
         Err(_) => Err(format!("No answer within {} s", PATIENCE.as_secs())),
     }
+}
+
+/// Whether a kubelet has made this socket a moment ago. A clock that was set back makes it young, and no more.
+fn is_young(socket: &Path) -> bool {
+    let made = std::fs::metadata(socket).and_then(|meta| meta.modified());
+    made.is_ok_and(|made| SystemTime::now().duration_since(made).unwrap_or_default() < BEGINNING)
 }
 
 fn by_device(answer: &ListPodResourcesResponse, devices: &[PciFunction]) -> BTreeMap<Bdf, String> {
@@ -97,7 +120,12 @@ mod tests {
     use super::*;
     use hw_probe::Inventory;
     use hw_probe::testing::FakeSysfs;
-    use kubelet_api::pod_resources::{ContainerResources, PodResources};
+    use kubelet_api::pod_resources::pod_resources_lister_server::{PodResourcesLister, PodResourcesListerServer};
+    use kubelet_api::pod_resources::{
+        AllocatableResourcesRequest, AllocatableResourcesResponse, ContainerResources, GetPodResourcesRequest,
+        GetPodResourcesResponse, PodResources,
+    };
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn pod(name: &str, resource: &str, ids: &[&str]) -> PodResources {
         let devices = vec![ContainerDevices {
@@ -162,5 +190,60 @@ mod tests {
         assert_eq!(pods(Path::new(""), &[]).await, Ok(BTreeMap::new()));
         drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
         assert!(pods(&socket, &[]).await.unwrap_err().contains("kubelet.sock"));
+    }
+
+    /// Names no pod until it has been asked so often.
+    struct Starting(AtomicUsize);
+
+    #[tonic::async_trait]
+    impl PodResourcesLister for Starting {
+        async fn list(
+            &self,
+            _: tonic::Request<ListPodResourcesRequest>,
+        ) -> Result<tonic::Response<ListPodResourcesResponse>, tonic::Status> {
+            let left = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+            let pods = if left.is_ok() { Vec::new() } else { vec![pod("vm", "nvidia.com/pgpu", &["0000:41:00.0"])] };
+            Ok(tonic::Response::new(ListPodResourcesResponse { pod_resources: pods }))
+        }
+
+        async fn get_allocatable_resources(
+            &self,
+            _: tonic::Request<AllocatableResourcesRequest>,
+        ) -> Result<tonic::Response<AllocatableResourcesResponse>, tonic::Status> {
+            Err(tonic::Status::unimplemented(""))
+        }
+
+        async fn get(
+            &self,
+            _: tonic::Request<GetPodResourcesRequest>,
+        ) -> Result<tonic::Response<GetPodResourcesResponse>, tonic::Status> {
+            Err(tonic::Status::unimplemented(""))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_kubelet_that_has_just_started_is_asked_until_it_names_its_pods() {
+        let sysfs = FakeSysfs::new();
+        sysfs.gpu("0000:41:00.0", 0x2331).group(17);
+        let devices: Vec<PciFunction> = Inventory::scan(&sysfs.root()).gpus().cloned().collect();
+        let here = tempfile::tempdir().unwrap();
+        // Empty answers, when the socket was made -> the pod, or what is told
+        let cases = [
+            (3, "now", Ok(Some("ns/vm"))),
+            (usize::MAX, "now", Err("The kubelet has just started and names no pod yet")),
+            // One that has been there for long has no pods.
+            (usize::MAX, "1 hour ago", Ok(None)),
+        ];
+        for (number, (empty, age, wanted)) in cases.into_iter().enumerate() {
+            let socket = here.path().join(number.to_string());
+            let listener = kubelet_api::socket::listen(&socket).unwrap();
+            let touched = std::process::Command::new("touch").args(["-d", age]).arg(&socket).status().unwrap();
+            assert!(touched.success());
+            let lister = PodResourcesListerServer::new(Starting(AtomicUsize::new(empty)));
+            let router = tonic::transport::Server::builder().add_service(lister);
+            tokio::spawn(kubelet_api::socket::serve(router, listener, std::future::pending()));
+            let found = pods(&socket, &devices).await.map(|pods| pods.into_values().next());
+            assert_eq!(found, wanted.map(|pod| pod.map(str::to_owned)).map_err(str::to_owned), "{empty} {age}");
+        }
     }
 }

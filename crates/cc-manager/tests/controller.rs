@@ -670,7 +670,8 @@ impl PodResourcesLister for FakeKubelet {
 impl World {
     /// An agent beside a kubelet that can be asked, on a node that is in mode on.
     async fn start_beside_a_kubelet(&self) -> (FakeKubelet, Agent) {
-        let kubelet = FakeKubelet::default();
+        // A kubelet that has its pods names at least the agent's own.
+        let kubelet = FakeKubelet(Arc::new(Mutex::new(vec![("cc-manager", "example.com/none", "")])));
         let socket = self.here.path().join("kubelet.sock");
         let listener = kubelet_api::socket::listen(&socket).unwrap();
         let router = tonic::transport::Server::builder().add_service(PodResourcesListerServer::new(kubelet.clone()));
@@ -725,7 +726,7 @@ async fn a_gpu_that_a_pod_has_been_given_is_in_use_before_it_is_opened() {
     let metrics = agent.metrics.encode().unwrap();
     assert!(metrics.contains(&format!(r#"ccnode_cc_device_holders{{device="{A}"}} 1"#)), "{metrics}");
 
-    kubelet.0.lock().unwrap().clear();
+    kubelet.0.lock().unwrap().truncate(1);
     world.until_state("off", "false").await;
     assert!(world.status()["holders"].is_null());
     agent.stop().await;
