@@ -31,16 +31,27 @@ const CONNECT: Duration = Duration::from_secs(5);
 const REGISTER: Duration = Duration::from_secs(15);
 /// How long open calls may take to end when the server stops.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How long the kubelet may go without a ListAndWatch stream before it is told of us again.
-const UNHEARD: Duration = Duration::from_secs(5);
-/// First and longest wait before the kubelet is asked again. Spread at random, so that several resources (and several
-/// nodes after a power cut) do not knock at the same moment.
-const RETRY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(30)];
 /// A socket is there a moment before somebody listens at it: how often a connection is tried again at once, and after
 /// how long.
 const QUICK: (u32, Duration) = (20, Duration::from_millis(5));
 /// How often the sockets are looked at when the folder can be watched, and when it cannot.
 const LOOK: [Duration; 2] = [Duration::from_secs(15), Duration::from_secs(1)];
+
+/// How long the kubelet is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Waits {
+    /// How long it may go without a ListAndWatch stream before it is told of us again.
+    pub unheard: Duration,
+    /// First and longest wait before it is asked again. Spread at random, so that several resources (and several nodes after a
+    /// power cut) do not knock at the same moment.
+    pub retry: [Duration; 2],
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self { unheard: Duration::from_secs(5), retry: [Duration::from_millis(200), Duration::from_secs(30)] }
+    }
+}
 
 /// What one resource needs to live.
 #[derive(Debug)]
@@ -60,6 +71,8 @@ pub struct Plugin {
     pub(crate) metrics: PluginMetrics,
     /// Notes what is allocated.
     pub lately: Lately,
+    /// How long it waits for the kubelet.
+    pub waits: Waits,
 }
 
 /// Why the kubelet does not know of us.
@@ -153,7 +166,7 @@ impl Plugin {
     pub async fn run(mut self) {
         let endpoint = endpoint(self.manner.role, &self.resource, &self.folder);
         let mut past = Past {
-            backoff: Backoff::new(RETRY[0], RETRY[1]),
+            backoff: Backoff::new(self.waits.retry[0], self.waits.retry[1]),
             said: Said::default(),
             kubelet: None,
             appeared: None,
@@ -248,6 +261,8 @@ impl Plugin {
         let mut refused: Option<(SocketId, Instant)> = None;
         // Since when nobody listens.
         let mut unheard: Option<Instant> = None;
+        // The kubelet that took us, and had not begun to listen when that was given up.
+        let mut slow: Option<SocketId> = None;
         let mut was_listening = false;
         loop {
             if self.shutdown.is_requested() {
@@ -260,6 +275,10 @@ impl Plugin {
             let now = Instant::now();
             let present = socket_id(&kubelet);
             let heard = *listening.borrow_and_update() > 0;
+            if heard && known.is_none() && slow.is_some() && slow == present {
+                // To register again would end the stream that it has begun after all.
+                (known, slow, refused) = (slow, None, None);
+            }
             if heard && known.is_some() {
                 // Only a kubelet that listens ends the waiting: one that takes the registration and hangs up does not.
                 past.backoff.reset();
@@ -279,12 +298,13 @@ impl Plugin {
                 past.appeared = Some((id, now));
                 past.quick = 0;
             }
-            if known.is_some() && (present != known || unheard.is_some_and(|since| now >= since + UNHEARD)) {
+            if known.is_some() && (present != known || unheard.is_some_and(|since| now >= since + self.waits.unheard)) {
                 if present == known
                     && let Some(kubelet) = known
                 {
                     // It has us registered and does not listen: not a reason to knock without pause.
                     refused = Some((kubelet, now + past.backoff.next_delay()));
+                    slow = Some(kubelet);
                 }
                 known = None;
                 unheard = None;
@@ -300,7 +320,7 @@ impl Plugin {
                     match self.register(&kubelet, endpoint).await {
                         Ok(()) => {
                             known = Some(id);
-                            refused = None;
+                            (refused, slow) = (None, None);
                             unheard = Some(Instant::now());
                             past.said.0 = None;
                             let since = past.appeared.map_or(Duration::ZERO, |(_, since)| since.elapsed());
@@ -320,6 +340,7 @@ impl Plugin {
                         }
                         Err(error) => {
                             past.said.warn(&self.resource, chain(&error));
+                            slow = None;
                             refused = Some((id, Instant::now() + past.backoff.next_delay()));
                         }
                     }
@@ -329,7 +350,8 @@ impl Plugin {
                 Some(_) => {}
             }
             let look = now + LOOK[usize::from(!armed)];
-            let deadlines = [Some(look), refused.map(|(_, until)| until), unheard.map(|since| since + UNHEARD)];
+            let deadlines =
+                [Some(look), refused.map(|(_, until)| until), unheard.map(|since| since + self.waits.unheard)];
             let next = deadlines.into_iter().flatten().min().unwrap_or(look);
             tokio::select! {
                 () = self.shutdown.wait() => return End::Shutdown,
@@ -393,6 +415,45 @@ mod tests {
     use super::*;
     use crate::units::Unit;
 
+    fn plugin(
+        folder: &Path,
+        units: watch::Receiver<Snapshot>,
+        shutdown: &Shutdown,
+        registry: &Registry,
+        waits: Waits,
+    ) -> Plugin {
+        Plugin {
+            resource: "pgpu".parse().unwrap(),
+            units,
+            folder: folder.to_owned(),
+            manner: Manner::default(),
+            shutdown: shutdown.clone(),
+            ready: registry.register("pgpu"),
+            metrics: PluginMetrics::register(&Metrics::new()),
+            lately: Lately::default(),
+            waits,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_kubelet_that_begins_to_listen_when_it_was_given_up_is_listened_to() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path().join("plugins");
+        let kubelet = Kubelet::start(Config::new("node", &folder, place.path().join("pods.sock")), None).await.unwrap();
+        kubelet.set_listen_delay(Duration::from_secs(1));
+        let (_units, units) = watch::channel(Arc::new(vec![Unit::sample("0000:41:00.0")]));
+        let (shutdown, registry) = (Shutdown::manual(), Registry::default());
+        // It is told again 5 to 10 s after it was given up.
+        let waits = Waits { unheard: Duration::from_millis(200), retry: [Duration::from_secs(10); 2] };
+        let task = tokio::spawn(plugin(&folder, units, &shutdown, &registry, waits).run());
+        kubelet.wait_allocatable("nvidia.com/pgpu", 1, Duration::from_mins(1)).await.unwrap();
+        sleep(Duration::from_secs(11)).await;
+        assert_eq!(kubelet.dump()["resources"]["nvidia.com/pgpu"]["registrations"], 1);
+        assert!(registry.is_ready());
+        shutdown.trigger();
+        task.await.unwrap();
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_kubelet_that_is_away_for_an_hour_is_told_within_moments_of_its_return() {
         const HOUR: Duration = Duration::from_hours(1);
@@ -401,16 +462,7 @@ mod tests {
         std::fs::create_dir(&folder).unwrap();
         let (_units, units) = watch::channel(Arc::new(vec![Unit::sample("0000:41:00.0")]));
         let (shutdown, registry) = (Shutdown::manual(), Registry::default());
-        let plugin = Plugin {
-            resource: "pgpu".parse().unwrap(),
-            units,
-            folder: folder.clone(),
-            manner: Manner::default(),
-            shutdown: shutdown.clone(),
-            ready: registry.register("pgpu"),
-            metrics: PluginMetrics::register(&Metrics::new()),
-            lately: Lately::default(),
-        };
+        let plugin = plugin(&folder, units, &shutdown, &registry, Waits::default());
         let task = tokio::spawn(plugin.run());
         let begun = Instant::now();
         sleep(HOUR).await;
@@ -422,7 +474,7 @@ mod tests {
         let kubelet = Kubelet::start(Config::new("node", &folder, place.path().join("pods.sock")), None).await.unwrap();
         let begun = Instant::now();
         kubelet.wait_allocatable("nvidia.com/pgpu", 1, Duration::from_mins(1)).await.unwrap();
-        assert!(begun.elapsed() < RETRY[1], "no long wait was begun in the hour");
+        assert!(begun.elapsed() < Waits::default().retry[1], "no long wait was begun in the hour");
         shutdown.trigger();
         task.await.unwrap();
     }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use agent_core::resources::may_be_gpus;
 use agent_core::text::chain;
 use hw_probe::{Inventory, PciFunction};
 use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerClient;
@@ -19,9 +20,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// For so long after its start the kubelet may name some of its pods and not yet others: they come from several sources.
 const BEGINNING: Duration = Duration::from_mins(2);
-
-/// Resources of NVIDIA's plugins and of ours begin so.
-const RESOURCES: &str = "nvidia.com/";
 
 /// What is known of the pods' devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +41,7 @@ impl Pods {
             Book::Absent => Self::Unknown("the kubelet has no book of its allocations".into()),
             Book::Unreadable(cause) => Self::Unknown(cause.clone()),
             Book::Read(given) => {
-                Self::Booked(given.iter().filter(|given| is_nvidias(&given.resource)).cloned().collect())
+                Self::Booked(given.iter().filter(|given| may_be_gpus(&given.resource)).cloned().collect())
             }
         }
     }
@@ -65,9 +63,24 @@ impl Pods {
         !matches!(self, Self::Unknown(_))
     }
 
-    /// The pod that has a unit, under whatever ID a plugin has called it.
-    pub fn of(&self, unit: &Unit, inventory: &Inventory) -> Option<&str> {
-        let (Self::Told(given) | Self::Beginning(given) | Self::Booked(given)) = self else { return None };
+    /// The pod that has one of `units`, under whatever ID a plugin has called it.
+    pub fn of(&self, unit: &Unit, units: &[Unit], inventory: &Inventory) -> Option<&str> {
+        self.given(unit, units, inventory).next().map(|given| given.pod.as_str())
+    }
+
+    /// What the kubelet tells that it has given of one of `units` under a name or an ID by which nobody is called now: under
+    /// its present one it would be given twice.
+    pub fn otherwise(&self, unit: &Unit, units: &[Unit], inventory: &Inventory) -> Option<&Given> {
+        // The book has pods that have ended, and it stays as it is while nothing is offered.
+        let is_present = !matches!(self, Self::Booked(_));
+        self.given(unit, units, inventory).find(|given| is_present && !is_called(unit, given))
+    }
+
+    fn given(&self, unit: &Unit, units: &[Unit], inventory: &Inventory) -> impl Iterator<Item = &Given> {
+        let given = match self {
+            Self::Told(given) | Self::Beginning(given) | Self::Booked(given) => given.as_slice(),
+            Self::Unknown(_) => &[],
+        };
         let names: Vec<String> = unit
             .functions
             .iter()
@@ -75,8 +88,16 @@ impl Pods {
             .flat_map(names)
             .chain([unit.id.clone()])
             .collect();
-        given.iter().find(|given| names.contains(&given.id)).map(|given| given.pod.as_str())
+        // A number may be that of one unit's node and of another's group. Who is called so is meant.
+        let is_anothers = |given: &Given| units.iter().any(|other| other.bdf != unit.bdf && is_called(other, given));
+        let is_its = |given: &&Given| is_called(unit, given) || names.contains(&given.id) && !is_anothers(given);
+        given.iter().filter(is_its).collect::<Vec<_>>().into_iter()
     }
+}
+
+/// Whether this is what the kubelet calls a unit now.
+fn is_called(unit: &Unit, given: &Given) -> bool {
+    unit.id == given.id && unit.resource.to_string() == given.resource
 }
 
 /// Plugins call a device by its address, or by the number of its VFIO device or its IOMMU group.
@@ -84,10 +105,6 @@ fn names(function: &PciFunction) -> Vec<String> {
     let cdev = function.vfio_cdev.as_ref().and_then(|cdev| cdev.name.strip_prefix("vfio")).map(str::to_owned);
     let group = function.iommu_group.map(|group| group.to_string());
     [Some(function.bdf.to_string()), cdev, group].into_iter().flatten().collect()
-}
-
-fn is_nvidias(resource: &str) -> bool {
-    resource.starts_with(RESOURCES)
 }
 
 /// What the kubelet's pod-resources service has answered.
@@ -123,7 +140,7 @@ impl Listener {
             }
         };
         let is_missing = |booked: &&Given| {
-            is_nvidias(&booked.resource)
+            may_be_gpus(&booked.resource)
                 && !given.iter().any(|told| told.resource == booked.resource && told.id == booked.id)
         };
         let missing: Vec<Given> = book.given().iter().filter(is_missing).cloned().collect();
@@ -175,7 +192,7 @@ fn told(answer: ListPodResourcesResponse) -> Vec<Given> {
     for pod in answer.pod_resources {
         let name = format!("{}/{}", pod.namespace, pod.name);
         let devices = pod.containers.into_iter().flat_map(|container| container.devices);
-        for device in devices.filter(|device| is_nvidias(&device.resource_name)) {
+        for device in devices.filter(|device| may_be_gpus(&device.resource_name)) {
             let one = |id| Given { resource: device.resource_name.clone(), id, pod: name.clone() };
             given.extend(device.device_ids.into_iter().map(one));
         }
@@ -210,10 +227,44 @@ mod tests {
             [(GPU, true), ("17", true), ("5", true), ("3", true), ("old-name", true), ("18", false), ("", false)]
         {
             for pods in [Pods::Told(vec![given("nvidia.com/x", id)]), Pods::Booked(vec![given("nvidia.com/x", id)])] {
-                assert_eq!(pods.of(&unit, &inventory), found.then_some("ns/a"), "{id}");
+                let units = std::slice::from_ref(&unit);
+                assert_eq!(pods.of(&unit, units, &inventory), found.then_some("ns/a"), "{id}");
             }
         }
-        assert_eq!(Pods::Unknown("?".into()).of(&unit, &inventory), None);
+        assert_eq!(Pods::Unknown("?".into()).of(&unit, &[], &inventory), None);
+    }
+
+    #[test]
+    fn a_number_that_two_units_have_is_that_of_the_one_that_is_called_so() {
+        let fake = FakeSysfs::new();
+        fake.gpu(GPU, 0x2330).group(5).driver("vfio-pci").cdev(7);
+        fake.gpu("0000:42:00.0", 0x2330).group(7).driver("vfio-pci").cdev(5);
+        let inventory = Inventory::scan(&fake.root());
+        let unit = |bdf: &str, id: &str| Unit {
+            id: id.into(),
+            bdf: bdf.parse().unwrap(),
+            functions: vec![bdf.parse().unwrap()],
+            ..Unit::sample("0000:41:00.0")
+        };
+        let resource = "nvidia.com/pgpu";
+        // What units are called, what is given -> the pods of both, and which of them are given under another name
+        let cases = [
+            (["7", "5"], (resource, "5"), [false, true], [false, false]),
+            (["7", "5"], (resource, "7"), [true, false], [false, false]),
+            ([GPU, "0000:42:00.0"], (resource, GPU), [true, false], [false, false]),
+            // Under a name that nobody has any more it cannot be told whose number it is.
+            ([GPU, "0000:42:00.0"], (resource, "5"), [true, true], [true, true]),
+            ([GPU, "0000:42:00.0"], ("nvidia.com/old", GPU), [true, false], [true, false]),
+        ];
+        for (ids, (resource, id), has, otherwise) in cases {
+            let units = [unit(GPU, ids[0]), unit("0000:42:00.0", ids[1])];
+            let pods = Pods::Told(vec![given(resource, id)]);
+            let found = units.each_ref().map(|unit| pods.of(unit, &units, &inventory).is_some());
+            let others = units.each_ref().map(|unit| pods.otherwise(unit, &units, &inventory).is_some());
+            assert_eq!((found, others), (has, otherwise), "{ids:?} {resource} {id}");
+            let booked = Pods::Booked(vec![given(resource, id)]);
+            assert!(units.iter().all(|unit| booked.otherwise(unit, &units, &inventory).is_none()), "{ids:?} {id}");
+        }
     }
 
     #[test]
@@ -224,7 +275,11 @@ mod tests {
             topology: None,
         };
         let container = ContainerResources {
-            devices: vec![devices("nvidia.com/pgpu", &["2", "1", "1"]), devices("example.com/nic", &["3"])],
+            devices: vec![
+                devices("nvidia.com/pgpu", &["2", "1", "1"]),
+                devices("example.com/nic", &["3"]),
+                devices("nvidia.com/rdma_shared_device_a", &["3"]),
+            ],
             ..ContainerResources::default()
         };
         let pod = PodResources {

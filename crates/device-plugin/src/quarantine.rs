@@ -7,6 +7,7 @@ use std::time::Duration;
 use hw_probe::{Bdf, Holders, Inventory, PciFunction};
 use tokio::time::Instant;
 
+use crate::checkpoint::Given;
 use crate::pods::Pods;
 use crate::units::{Fault, Unit};
 
@@ -39,6 +40,8 @@ pub struct Quarantine {
     sleepers: BTreeSet<(Bdf, Option<u64>)>,
     /// Units of which it cannot be seen whether they are in use.
     unseen: BTreeSet<Bdf>,
+    /// Units that a pod has under another name than their present one.
+    otherwise: BTreeMap<Bdf, Given>,
 }
 
 impl Quarantine {
@@ -50,6 +53,21 @@ impl Quarantine {
             held: BTreeMap::new(),
             sleepers: BTreeSet::new(),
             unseen: BTreeSet::new(),
+            otherwise: BTreeMap::new(),
+        }
+    }
+
+    /// Takes over what an agent before this one, of this boot, has held back: its devices count as seen asleep, so that being
+    /// awake is being used, until they sleep or nobody is seen to hold them.
+    pub fn inherit(&mut self, held: &BTreeSet<Bdf>, inventory: &Inventory, now: Instant) {
+        for bdf in held {
+            let Some(function) = inventory.get(*bdf) else { continue };
+            self.sleepers.insert((*bdf, function.instance));
+            let by = "a process that was seen before this agent started".to_owned();
+            // Nobody waits for what was waited for already.
+            let since = now.checked_sub(self.settled).unwrap_or(now);
+            self.units.insert(*bdf, Record { since, by: by.clone() });
+            self.held.insert(*bdf, by);
         }
     }
 
@@ -65,7 +83,7 @@ impl Quarantine {
     /// Whether it matters who holds VFIO's nodes: some unit has no pod. A device that sleeps may be held by its group file all
     /// the same, which wakes nothing.
     pub fn asks(units: &[Unit], pods: &Pods, inventory: &Inventory) -> bool {
-        pods.are_known() && units.iter().any(|unit| pods.of(unit, inventory).is_none())
+        pods.are_known() && units.iter().any(|unit| pods.of(unit, units, inventory).is_none())
     }
 
     /// Takes new facts: who has the devices by the kubelet, and who holds them by `/proc` where that was looked at. Whether
@@ -73,7 +91,7 @@ impl Quarantine {
     pub fn step(&mut self, now: Instant, units: &[Unit], facts: &Facts<'_>) -> bool {
         self.unseen.clear();
         for unit in units {
-            let has_pod = facts.pods.of(unit, facts.inventory).is_some();
+            let has_pod = facts.pods.of(unit, units, facts.inventory).is_some();
             match self.use_of(unit, facts) {
                 Use::By(by) if facts.pods.are_known() && !has_pod => {
                     self.units.entry(unit.bdf).or_insert_with(|| Record { since: now, by: String::new() }).by = by;
@@ -92,16 +110,24 @@ impl Quarantine {
         self.units.retain(|bdf, _| units.iter().any(|unit| unit.bdf == *bdf));
         let settled = self.units.iter().filter(|(_, record)| now >= record.since + self.settled);
         let held = settled.map(|(bdf, record)| (*bdf, record.by.clone())).collect();
-        let before = std::mem::replace(&mut self.held, held);
-        before != self.held
+        let otherwise = units.iter().filter_map(|unit| {
+            let given = facts.pods.otherwise(unit, units, facts.inventory)?;
+            Some((unit.bdf, given.clone()))
+        });
+        let otherwise = otherwise.collect();
+        let before = (std::mem::replace(&mut self.held, held), std::mem::replace(&mut self.otherwise, otherwise));
+        (&before.0, &before.1) != (&self.held, &self.otherwise)
     }
 
     /// Holds back the units in quarantine that nothing else speaks against.
     pub fn settle(&self, units: &mut [Unit]) {
         for unit in units.iter_mut().filter(|unit| unit.fault.is_none()) {
-            if let Some(by) = self.held.get(&unit.bdf) {
-                unit.fault = Some(Fault::Held { bdf: unit.bdf, by: by.clone() });
-            }
+            let held = self.held.get(&unit.bdf).map(|by| Fault::Held { bdf: unit.bdf, by: by.clone() });
+            let otherwise = || {
+                let Given { resource, id, pod } = self.otherwise.get(&unit.bdf)?.clone();
+                Some(Fault::GivenOtherwise { bdf: unit.bdf, resource, id, pod })
+            };
+            unit.fault = held.or_else(otherwise);
         }
     }
 
@@ -181,7 +207,6 @@ mod tests {
     use hw_probe::testing::FakeSysfs;
 
     use super::*;
-    use crate::checkpoint::Given;
 
     const GPU: &str = "0000:41:00.0";
 
@@ -209,7 +234,7 @@ mod tests {
             now += Duration::from_secs(*seconds);
             let _ = fake.get(GPU).power(control, status, "D0");
             let inventory = Inventory::scan(&fake.root());
-            let given = |pod: &str| Given { resource: "nvidia.com/pgpu".into(), id: "17".into(), pod: pod.into() };
+            let given = |pod: &str| Given { resource: "nvidia.com/pgpu".into(), id: GPU.into(), pod: pod.into() };
             let pods = match *pod {
                 Some("?") => Pods::Unknown("not mounted".into()),
                 pod => Pods::Told(pod.map(given).into_iter().collect()),
@@ -254,6 +279,51 @@ mod tests {
         let is_held: Vec<bool> = seen.iter().map(|text| text.starts_with(held)).collect();
         assert_eq!(is_held, [false, false, false, false, true, false, false, true, false, false, true], "{seen:?}");
         assert!(seen.iter().zip(is_held).all(|(text, is_held)| is_held || text == "-"), "{seen:?}");
+    }
+
+    #[test]
+    fn what_was_held_back_stays_so_over_a_restart_until_it_is_let_go() {
+        let fake = node();
+        let bdf = GPU.parse().unwrap();
+        let step = |quarantine: &mut Quarantine, status, pods: &Pods| {
+            let _ = fake.get(GPU).power("auto", status, "D0");
+            let inventory = Inventory::scan(&fake.root());
+            let mut units = [Unit::sample(GPU)];
+            quarantine.watch(&inventory);
+            quarantine.step(Instant::now(), &units, &Facts { inventory: &inventory, pods, holders: None });
+            quarantine.settle(&mut units);
+            units[0].fault.as_ref().map(Fault::code)
+        };
+        let none = Pods::Told(Vec::new());
+        let mut quarantine = Quarantine::new(SETTLED);
+        assert_eq!(step(&mut quarantine, "active", &none), None, "nothing can be told of it");
+        quarantine.inherit(&BTreeSet::from([bdf]), &Inventory::scan(&fake.root()), Instant::now());
+        for (status, fault) in [("active", Some("held")), ("active", Some("held")), ("suspended", None)] {
+            assert_eq!(step(&mut quarantine, status, &none), fault, "{status}");
+        }
+        assert_eq!(step(&mut quarantine, "active", &none), None, "it is in use for a moment only");
+    }
+
+    #[test]
+    fn a_unit_that_a_pod_has_under_another_name_is_given_to_nobody_else() {
+        let fake = node();
+        let inventory = Inventory::scan(&fake.root());
+        let mut quarantine = Quarantine::new(SETTLED);
+        let given = |resource: &str, id: &str| Given { resource: resource.into(), id: id.into(), pod: "ns/a".into() };
+        for (given, fault) in [
+            (given("nvidia.com/pgpu", GPU), None),
+            (given("nvidia.com/GH100", GPU), Some("given-otherwise")),
+            (given("nvidia.com/pgpu", "17"), Some("given-otherwise")),
+            (given("nvidia.com/pgpu", "18"), None),
+        ] {
+            let (mut units, pods) = ([Unit::sample(GPU)], Pods::Told(vec![given.clone()]));
+            let facts = Facts { inventory: &inventory, pods: &pods, holders: None };
+            let before = quarantine.otherwise.is_empty();
+            let has_news = quarantine.step(Instant::now(), &units, &facts);
+            quarantine.settle(&mut units);
+            assert_eq!(units[0].fault.as_ref().map(Fault::code), fault, "{given:?}");
+            assert!(has_news || before == quarantine.otherwise.is_empty(), "{given:?}");
+        }
     }
 
     #[test]

@@ -166,8 +166,8 @@ impl DevicePlugin for Service {
         let units = self.units.borrow().clone();
         let request = request.into_inner();
         let result = allocate(&self.resource, &units, &request, self.manner);
-        self.metrics.allocation(&self.resource, result.is_ok(), begun.elapsed());
-        match result {
+        let is_given = result.is_ok();
+        let answer = match result {
             Ok(Allocation { response, partial }) => {
                 if let Some(partial) = partial {
                     self.metrics.partial(&self.resource);
@@ -195,7 +195,9 @@ impl DevicePlugin for Service {
                 );
                 Err(status)
             }
-        }
+        };
+        self.metrics.allocation(&self.resource, is_given, begun.elapsed());
+        answer
     }
 
     async fn pre_start_container(

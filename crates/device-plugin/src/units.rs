@@ -305,6 +305,20 @@ pub enum Fault {
         /// Who has it.
         by: String,
     },
+    /// A pod has it under a name or an ID that it does not have any more.
+    #[error(
+        "{bdf} is with pod {pod} as {id} of {resource}, which it is called no more; it is offered again when the pod has ended"
+    )]
+    GivenOtherwise {
+        /// The GPU or switch.
+        bdf: Bdf,
+        /// Its resource then.
+        resource: String,
+        /// Its ID then.
+        id: String,
+        /// The pod.
+        pod: String,
+    },
     /// The CDI file is not there, so Kata could not find the device.
     #[error("The CDI file could not be written: {0}")]
     NoCdi(String),
@@ -333,6 +347,7 @@ impl Fault {
             Self::Unobserved(_) => "unobserved",
             Self::Flapping { .. } => "flapping",
             Self::Held { .. } => "held",
+            Self::GivenOtherwise { .. } => "given-otherwise",
             Self::NoCdi(_) => "no-cdi",
             Self::CdiConflict(_) => "cdi-conflict",
         }
@@ -344,6 +359,12 @@ impl Fault {
 pub fn units(policy: &Policy, seen: &Observation, before: &[Unit]) -> Vec<Unit> {
     let mut units: Vec<Unit> =
         candidates(&seen.inventory).into_iter().filter_map(|group| unit(policy, seen, before, &group)).collect();
+    // What is on the bus and cannot be told what it is has not left it.
+    let unclassified = before.iter().filter_map(|unit| {
+        let found = seen.inventory.unclassified.iter().find(|found| found.bdf == unit.bdf)?;
+        Some(Unit { fault: Some(Fault::Unobserved(found.to_string())), ..unit.clone() })
+    });
+    units.extend(unclassified);
     settle_ids(&mut units);
     units.sort_by(|a, b| (&a.resource, a.order()).cmp(&(&b.resource, b.order())));
     units
@@ -526,8 +547,12 @@ fn binding(mains: &[&PciFunction]) -> Option<Fault> {
 /// The kernel gives a group away only when no other driver does DMA in it.
 fn viability(inventory: &Inventory, lead: &PciFunction) -> Option<Fault> {
     let Some(group) = lead.iommu_group else { return Some(Fault::NoGroup(lead.bdf)) };
-    let blocker = inventory.group_blockers(group).next()?;
-    Some(Fault::NotViable { group, bdf: blocker.bdf, driver: blocker.driver.clone().unwrap_or_default() })
+    let unclassified = inventory.unclassified.iter().filter(|other| other.iommu_group == Some(group));
+    let blockers = inventory.group_blockers(group).map(|other| (other.bdf, &other.driver));
+    let all =
+        blockers.chain(unclassified.filter(|other| other.blocks_its_group()).map(|other| (other.bdf, &other.driver)));
+    let (bdf, driver) = all.min()?;
+    Some(Fault::NotViable { group, bdf, driver: driver.clone().unwrap_or_default() })
 }
 
 fn liveness(seen: &Observation, main: &PciFunction) -> Option<Fault> {

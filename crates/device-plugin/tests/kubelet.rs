@@ -213,6 +213,12 @@ impl Node {
         tokio::spawn(async move { run(config, shutdown, readiness, &metrics).await })
     }
 
+    /// The same as another process.
+    fn anew(&mut self, backend: BackendChoice) -> JoinHandle<Result<(), ControllerError>> {
+        (self.shutdown, self.readiness, self.metrics) = (Shutdown::manual(), Registry::default(), Metrics::new());
+        self.start(backend)
+    }
+
     async fn client(&self) -> DevicePluginClient<Channel> {
         let path = self.plugins().join("sandbox-pgpu.sock");
         DevicePluginClient::new(socket::connect(&path, Duration::from_secs(5)).await.unwrap())
@@ -496,6 +502,33 @@ async fn an_unreadable_sysfs_withdraws_what_was_offered() {
     assert!(node.cdi("pgpu").is_some(), "what is not seen is not gone");
     std::fs::rename(&hidden, &sys).unwrap();
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    node.end(agent).await;
+    kubelet.end().await;
+}
+
+#[tokio::test]
+async fn what_was_offered_before_a_restart_is_not_forgotten_nor_taken_from_admitted_pods() {
+    let mut node = Node::new();
+    let kubelet = Running::start(&node.plugins());
+    let agent = node.start(BackendChoice::Auto);
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    let offered = node.cdi("pgpu").unwrap();
+    node.end(agent).await;
+
+    // The next one cannot see the node at first.
+    let (sys, hidden) = (node.fake.path().join("sys"), node.fake.path().join("hidden"));
+    std::fs::rename(&sys, &hidden).unwrap();
+    let agent = node.anew(BackendChoice::Auto);
+    sleep(Duration::from_millis(300)).await;
+    assert_eq!(node.cdi("pgpu").as_ref(), Some(&offered), "a pod that was admitted may start now");
+    std::fs::rename(&hidden, &sys).unwrap();
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    node.end(agent).await;
+
+    // And this one finds a GPU without its driver.
+    node.fake.unbind("0000:41:00.0").unwrap();
+    let agent = node.anew(BackendChoice::Auto);
+    kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Unhealthy", "0000:c1:00.0 Healthy"]).await;
     node.end(agent).await;
     kubelet.end().await;
 }

@@ -165,6 +165,13 @@ fn each_cause_has_its_reason() {
         ("", "", |fake| {
             fake.function("0000:42:00.0", 0x8086, 0x10fb, 0x02_0000).group(5);
         }),
+        // What cannot be told what it is blocks its group as well, and is not gone.
+        ("group-not-viable", "0000:42:00.0 with driver ixgbe", |fake| {
+            fake.function("0000:42:00.0", 0x8086, 0x10fb, 0x02_0000).group(5).driver("ixgbe").remove_attr("class");
+        }),
+        ("unobserved", "device cannot be read", |fake| {
+            fake.get(GPU).remove_attr("device");
+        }),
         ("dead", "off the bus", |fake| {
             fake.get(GPU).config(&[0xff; 4096]);
         }),

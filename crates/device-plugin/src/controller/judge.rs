@@ -1,15 +1,17 @@
 //! From what a look has found, and what is remembered of former looks, to the units.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use hw_probe::{AerCounts, Bdf};
+use agent_core::hostfile::HostDir;
+use agent_core::state::{UNITS_DIR, UnitRecord, UnitsFile};
+use hw_probe::{AerCounts, Bdf, Inventory};
 use tokio::time::Instant;
 
 use super::Controller;
 use super::look::Sight;
 use crate::checkpoint;
 use crate::health::{self, Remark};
-use crate::units::{Observation, Unit, units};
+use crate::units::{Backend, Observation, Unit, units};
 
 impl Controller {
     /// The units by what a look has found, and by what is remembered of former looks.
@@ -20,7 +22,8 @@ impl Controller {
         self.choose_ids(&mut seen);
         self.remark(&seen, &errors);
         self.write_features(&seen);
-        let mut now = units(&self.config.policy, &seen, &self.units);
+        let before = if self.seen.is_none() { self.inherit(&seen.inventory) } else { self.units.clone() };
+        let mut now = units(&self.config.policy, &seen, &before);
         for fall in self.flaps.settle(Instant::now(), &mut now) {
             self.metrics.fell(fall);
         }
@@ -29,6 +32,20 @@ impl Controller {
         self.quarantine.settle(&mut now);
         self.seen = Some(seen);
         now
+    }
+
+    /// Takes over what the agent before this one has offered and held back in this boot, as it has written down for people: a
+    /// unit once offered stays listed, and one in quarantine stays there.
+    fn inherit(&mut self, inventory: &Inventory) -> Vec<Unit> {
+        let boot_id = inventory.host.boot_id.clone().unwrap_or_default();
+        let folder = HostDir::open_existing(self.config.plugin_dir.join(UNITS_DIR)).ok().flatten();
+        let Some(file) = folder.and_then(|folder| UnitsFile::load(&folder, &boot_id).ok().flatten()) else {
+            return Vec::new();
+        };
+        let is_held = |record: &&UnitRecord| record.error.as_ref().is_some_and(|error| error.code == "held");
+        let held: BTreeSet<Bdf> = file.units.iter().filter(is_held).map(|record| record.bdf).collect();
+        self.quarantine.inherit(&held, inventory, Instant::now());
+        file.units.iter().filter_map(|record| once_offered(record, inventory)).collect()
     }
 
     /// By which kind of ID units are called from now on. Nothing is awaited between this and [`Self::publish`], so that no
@@ -101,4 +118,24 @@ impl Controller {
             }),
         }
     }
+}
+
+/// A unit as far as it must be known to stay listed; all else is found anew.
+fn once_offered(record: &UnitRecord, inventory: &Inventory) -> Option<Unit> {
+    let lead = inventory.get(record.bdf).filter(|lead| lead.is_gpu() || lead.is_nvswitch())?;
+    Some(Unit {
+        id: record.id.clone(),
+        resource: record.resource.split_once('/')?.1.parse().ok()?,
+        bdf: record.bdf,
+        ids: (lead.vendor, lead.device),
+        functions: record.functions.clone(),
+        backend: Backend::Legacy,
+        nodes: Vec::new(),
+        all_nodes: Vec::new(),
+        egm: Vec::new(),
+        numa: BTreeSet::new(),
+        upstream: Vec::new(),
+        ppcie: false,
+        fault: None,
+    })
 }

@@ -330,6 +330,10 @@ impl Controller {
             }
             Err(why) => {
                 self.say(Some(why.clone()));
+                if self.seen.is_none() {
+                    // Nothing was offered yet, and the files of the agent before us are all that admitted pods have.
+                    return;
+                }
                 let blind = |unit: &Unit| Unit { fault: Some(Fault::Unobserved(why.clone())), ..unit.clone() };
                 self.units.iter().map(blind).collect()
             }

@@ -56,7 +56,7 @@ impl Controller {
                     .fault
                     .as_ref()
                     .map(|fault| ErrorRecord { code: fault.code().to_owned(), message: fault.to_string() }),
-                pod: inventory.and_then(|inventory| self.pods.of(unit, inventory)).map(str::to_owned),
+                pod: inventory.and_then(|inventory| self.pods.of(unit, &self.units, inventory)).map(str::to_owned),
                 remarks: remarks.map(ToString::to_string).collect(),
             }
         };

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::Controller;
 use crate::names::ResourceName;
-use crate::plugin::Plugin;
+use crate::plugin::{Plugin, Waits};
 use crate::units::{Fault, Unit};
 
 impl Controller {
@@ -62,6 +62,7 @@ impl Controller {
                     ready: self.readiness.register(resource.to_string()),
                     metrics: self.metrics.clone(),
                     lately: self.lately.clone(),
+                    waits: Waits::default(),
                 };
                 self.tasks.spawn(plugin.run());
                 self.resources.insert(resource, sender);

@@ -339,6 +339,11 @@ impl Kubelet {
         self.shared.change(|state| state.faults.register_delay = delay);
     }
 
+    /// Fault: waits that long after a registration before it listens to the plugin.
+    pub fn set_listen_delay(&self, delay: Duration) {
+        self.shared.change(|state| state.faults.listen_delay = delay);
+    }
+
     /// Fault: knows none of its pods from its next start on, until this is taken back; its checkpoint has their devices.
     pub fn set_unaware(&self, is_unaware: bool) {
         self.shared.change(|state| {

@@ -142,6 +142,10 @@ async fn follow(shared: Arc<Shared>, resource: String, socket: String, channel: 
 }
 
 async fn read_lists(shared: &Arc<Shared>, resource: &str, socket: &str, channel: Channel) -> String {
+    let delay = shared.state().faults.listen_delay;
+    if !delay.is_zero() {
+        sleep(delay).await;
+    }
     let mut stream = match DevicePluginClient::new(channel).list_and_watch(dp::Empty {}).await {
         Ok(stream) => stream.into_inner(),
         Err(status) => return super::go_error(&status),

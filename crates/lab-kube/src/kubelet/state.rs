@@ -26,6 +26,8 @@ const MAX_CALLS: usize = 20_000;
 pub(crate) struct Faults {
     /// Wait before a registration is looked at.
     pub(crate) register_delay: Duration,
+    /// Wait before a registered plugin is listened to.
+    pub(crate) listen_delay: Duration,
     /// Time between a pod's deletion and its end.
     pub(crate) stop_delay: Duration,
     /// The kubelet has not heard of its pods since its start.
@@ -100,7 +102,11 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(config: Config) -> Arc<Self> {
         let state = State {
-            faults: Faults { register_delay: config.register_delay, stop_delay: config.stop_delay, is_unaware: false },
+            faults: Faults {
+                register_delay: config.register_delay,
+                stop_delay: config.stop_delay,
+                ..Faults::default()
+            },
             ..State::default()
         };
         Arc::new(Self {
