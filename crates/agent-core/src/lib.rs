@@ -28,6 +28,7 @@ pub mod http;
 pub mod logs;
 pub mod metrics;
 pub mod readiness;
+pub mod resources;
 pub mod shutdown;
 pub mod state;
 pub mod text;

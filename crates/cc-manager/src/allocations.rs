@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use agent_core::resources::may_be_gpus;
 use agent_core::state::{ErrorRecord, HolderRecord};
 use agent_core::text::chain;
 use hw_probe::{Bdf, PciFunction};
@@ -22,9 +23,6 @@ const BEGINNING: Duration = Duration::from_secs(10);
 
 /// How often such a one is asked.
 const AGAIN: Duration = Duration::from_millis(100);
-
-/// Resources of NVIDIA's plugins and of ours begin so.
-const RESOURCES: &str = "nvidia.com/";
 
 /// The pod of each device, as `namespace/name`; none where the kubelet's socket is not there to be asked (it is not mounted under
 /// the operator). Does not wait long: a kubelet that names no pod when it has just started is asked again for as long as for an
@@ -64,7 +62,7 @@ fn by_device(answer: &ListPodResourcesResponse, devices: &[PciFunction]) -> BTre
     let mut pods = BTreeMap::new();
     for pod in &answer.pod_resources {
         let given = pod.containers.iter().flat_map(|container| &container.devices);
-        for given in given.filter(|given| given.resource_name.starts_with(RESOURCES)) {
+        for given in given.filter(|given| may_be_gpus(&given.resource_name)) {
             for device in devices.iter().filter(|device| is_given(device, given)) {
                 pods.entry(device.bdf).or_insert_with(|| format!("{}/{}", pod.namespace, pod.name));
             }
@@ -157,7 +155,9 @@ mod tests {
             pods(vec![pod("a", "nvidia.com/pgpu", &["0000:41:00.0"]), pod("b", "nvidia.com/GH100", &["18", "x", ""])]),
             "0000:41:00.0 ns/a, 0000:42:00.0 ns/b"
         );
-        assert_eq!(pods(vec![pod("a", "example.com/nic", &["0000:41:00.0", "18"])]), "");
+        for others in ["example.com/nic", "nvidia.com/rdma_shared_device_a"] {
+            assert_eq!(pods(vec![pod("a", others, &["0000:41:00.0", "18"])]), "", "{others}");
+        }
         assert_eq!(pods(Vec::new()), "");
     }
 

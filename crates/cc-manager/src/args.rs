@@ -70,6 +70,11 @@ pub struct Args {
     #[arg(long, env = "CCNODE_PAUSE_TIMEOUT", value_name = "TIME", default_value = "5m", value_parser = duration)]
     pub pause_timeout: Duration,
 
+    /// Resources of the kubelet that are not waited for when components are paused, though their names begin with nvidia.com/:
+    /// network cards of the Network Operator, for example, that are not called so; separated by commas
+    #[arg(long, env = "CCNODE_OTHER_RESOURCES", value_name = "NAMES", value_delimiter = ',')]
+    pub other_resources: Vec<String>,
+
     /// What to do while a GPU is in use: leave the node as it is and try again later, or withdraw it and wait
     #[arg(long, env = "CCNODE_ON_BUSY", value_name = "refuse|wait", default_value = "refuse")]
     pub on_busy: OnBusy,
@@ -141,7 +146,8 @@ impl Args {
     pub(crate) fn pausing(&self) -> Option<crate::Pausing> {
         let evicts = self.evict_operator_components.eq_ignore_ascii_case("true");
         let namespace = || namespace(self.operator_namespace.as_deref(), Path::new(NAMESPACE_FILE));
-        evicts.then(|| crate::Pausing { namespace: namespace(), patience: self.pause_timeout })
+        let others = || self.other_resources.iter().map(|name| name.trim().to_owned()).collect();
+        evicts.then(|| crate::Pausing { namespace: namespace(), patience: self.pause_timeout, others: others() })
     }
 
     /// The modes that may be asked for.

@@ -79,6 +79,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         operator_namespace: _,
         evict_operator_components: _,
         pause_timeout: _,
+        other_resources: _,
         on_busy: _,
         busy_timeout: _,
         allowed_modes: _,

@@ -256,7 +256,11 @@ impl World {
             release_poll: Duration::from_millis(20),
             pod_resources: PathBuf::new(),
             patch_pause: Duration::ZERO,
-            pausing: Some(Pausing { namespace: "gpu-operator".to_owned(), patience: Duration::from_millis(500) }),
+            pausing: Some(Pausing {
+                namespace: "gpu-operator".to_owned(),
+                patience: Duration::from_millis(500),
+                others: Vec::new(),
+            }),
             busy_wait: Duration::ZERO,
         };
         change(&mut settings);
@@ -969,6 +973,28 @@ async fn components_are_paused_and_awaited_before_a_device_is_touched() {
     assert_eq!(labels["nvidia.com/gpu.deploy.sandbox-validator"], "false", "a person's choice is kept");
     assert!(!world.api.annotations().contains_key(annotations::TRANSITION));
     assert_eq!(world.firmware.calls()[0].ready.as_deref(), Some(""));
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn what_others_offer_beside_gpus_holds_up_no_change() {
+    let world = World::new(&[(A, H100)]);
+    world.api.set_label(KATA, Some("true"));
+    for resource in ["nvidia.com/hostdev", "nvidia.com/rdma_shared_device_a", "nvidia.com/somebodys"] {
+        world.api.set_allocatable(resource, "8");
+    }
+    let others = vec!["nvidia.com/somebodys".to_owned()];
+    let agent = world.start_as(|settings| settings.pausing.as_mut().unwrap().others = others);
+    world.until_state("on", "true").await;
+    // What may be a GPU is waited for.
+    world.api.set_allocatable("nvidia.com/cards", "1");
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("given up", || world.status()["error"]["code"] == "OperandsStillThere").await;
+    let message = world.status()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(message.contains("nvidia.com/cards: 1") && !message.contains("hostdev"), "{message}");
+    assert!(message.contains("--other-resources"), "{message}");
+    world.api.set_allocatable("nvidia.com/cards", "0");
+    world.until_state("off", "false").await;
     agent.stop().await;
 }
 

@@ -3,13 +3,11 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use agent_core::resources::may_be_gpus;
 use anyhow::ensure;
 use node_object::{Eviction, NodeError, Pod};
 
 use crate::{FAILED, SUCCESS, agents, cluster, printable, table};
-
-/// Resources of this vendor are GPUs and NVSwitches.
-const RESOURCES: &str = "nvidia.com/";
 
 /// Flags of `ccnode drain-holders`.
 #[derive(Debug, clap::Args)]
@@ -37,9 +35,9 @@ pub fn run(args: &DrainArgs, out: &mut impl Write, notes: &mut impl Write) -> an
     let client = runtime.block_on(cluster::client(node, kubeconfig.as_deref())).map_err(line)?;
     // Of a node that does not exist there would be no pods.
     runtime.block_on(client.get()).map_err(line)?;
-    let pods = runtime.block_on(client.pods_with(|resource| resource.starts_with(RESOURCES))).map_err(line)?;
+    let pods = runtime.block_on(client.pods_with(may_be_gpus)).map_err(line)?;
     if pods.is_empty() {
-        writeln!(out, "No pod of node {node} asks for {RESOURCES}* resources")?;
+        writeln!(out, "No pod of node {node} asks for GPUs or NVSwitches (nvidia.com/*, without network cards)")?;
         return Ok(SUCCESS);
     }
     if !yes {

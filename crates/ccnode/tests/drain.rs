@@ -76,7 +76,10 @@ fn they_are_evicted_as_far_as_their_budgets_allow() {
     cluster.api.finish_pod_deletion("batch", "job-1").unwrap();
     cluster.api.finish_pod_deletion("ml", "train-0").unwrap();
     let (code, out, _) = cluster.run(DRAIN, &[NODE, "--yes"]);
-    assert_eq!((code, out.as_str()), (0, "No pod of node gpu-7 asks for nvidia.com/* resources\n"));
+    assert_eq!(
+        (code, out.as_str()),
+        (0, "No pod of node gpu-7 asks for GPUs or NVSwitches (nvidia.com/*, without network cards)\n")
+    );
     assert!(cluster.pod("ml", "elsewhere")["metadata"]["deletionTimestamp"].is_null());
 }
 

@@ -145,7 +145,7 @@ impl<F: Firmware + 'static> Parts<F> {
             release_poll: NEVER,
             pod_resources: place.join("no-kubelet"),
             patch_pause: Duration::ZERO,
-            pausing: Some(Pausing { namespace, patience }),
+            pausing: Some(Pausing { namespace, patience, others: Vec::new() }),
             busy_wait: Duration::ZERO,
         };
         let timing =

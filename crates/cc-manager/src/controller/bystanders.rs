@@ -6,6 +6,7 @@ use std::convert::Infallible;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use agent_core::resources::may_be_gpus;
 use agent_core::state::ErrorRecord;
 use hw_probe::{Bdf, PciFunction};
 use node_object::{NodeState, labels, operands};
@@ -78,7 +79,7 @@ impl<F: Firmware> Controller<F> {
 
     /// Waits for the pods of the paused components, and then for the kubelet.
     pub(super) async fn components_are_gone(&self, pausing: &Pausing) -> Result<(), InTheWay> {
-        let Pausing { namespace, patience } = pausing;
+        let Pausing { namespace, patience, others } = pausing;
         let left = std::sync::Mutex::new(Vec::new());
         let mut tell = |now: Vec<String>| {
             let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
@@ -99,7 +100,8 @@ impl<F: Firmware> Controller<F> {
                 let is_one = |labels: &BTreeMap<String, String>| operands::is_paused_pod(&node, labels);
                 self.node.pods_gone(namespace, is_one, &mut tell).await?;
             }
-            self.node.none_allocatable(|resource| resource.starts_with("nvidia.com/"), &mut tell).await
+            let may_be_ours = |resource: &str| may_be_gpus(resource) && !others.iter().any(|other| other == resource);
+            self.node.none_allocatable(may_be_ours, &mut tell).await
         });
         let waited = waited.await;
         let left = left.into_inner().unwrap_or_else(PoisonError::into_inner).join(", ");
@@ -114,7 +116,7 @@ impl<F: Firmware> Controller<F> {
                 message: format!(
                     "Not gone after {} s: {left}; nothing was changed, the paused components run again; look at what keeps these \
                      pods of namespace {namespace} on the node; a resource that stays is offered by a plugin that no deploy \
-                     label pauses",
+                     label pauses; if its devices are no GPUs, name it in --other-resources (CCNODE_OTHER_RESOURCES)",
                     patience.as_secs()
                 ),
             },

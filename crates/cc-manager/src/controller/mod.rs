@@ -76,6 +76,8 @@ pub struct Pausing {
     /// How long to wait for the pods to end and for the kubelet to offer no GPU any more, before the change is given up and
     /// everything put back.
     pub patience: Duration,
+    /// Resources of the kubelet that may stay: their devices are no GPUs, whatever their names say.
+    pub others: Vec<String>,
 }
 
 /// The agent's loop, over a firmware that tests can replace.
