@@ -80,6 +80,7 @@ struct SchemeLabels {
 #[derive(Clone, Debug)]
 pub(crate) struct PluginMetrics {
     units: Family<UnitLabels, Gauge>,
+    known: Family<ResourceLabel, Gauge>,
     registrations: Family<ResourceLabel, Counter>,
     allocations: Family<AllocationLabels, Counter>,
     allocation_seconds: Family<ResourceLabel, Histogram, fn() -> Histogram>,
@@ -100,6 +101,7 @@ impl PluginMetrics {
     pub(crate) fn register(registry: &Metrics) -> Self {
         let metrics = Self {
             units: Family::default(),
+            known: Family::default(),
             registrations: Family::default(),
             allocations: Family::default(),
             allocation_seconds: Family::new_with_constructor(|| Histogram::new(ALLOCATION_SECONDS)),
@@ -119,6 +121,11 @@ impl PluginMetrics {
             "plugin_units",
             "Units by resource, health and cause, as the kubelet is told",
             metrics.units.clone(),
+        );
+        registry.register(
+            "plugin_registered",
+            "1 while the kubelet has the resource registered and listens, 0 while it does not",
+            metrics.known.clone(),
         );
         registry.register(
             "plugin_registrations",
@@ -236,6 +243,11 @@ impl PluginMetrics {
             let health = if code.is_empty() { "healthy" } else { "unhealthy" };
             self.units.get_or_create(&UnitLabels { resource: resource.to_string(), health, code }).set(count);
         }
+    }
+
+    /// Whether the kubelet has the resource registered and listens.
+    pub(crate) fn known(&self, resource: &ResourceName, is_known: bool) {
+        self.known.get_or_create(&ResourceLabel { resource: resource.to_string() }).set(is_known.into());
     }
 
     pub(crate) fn registered(&self, resource: &ResourceName, after: Duration) {

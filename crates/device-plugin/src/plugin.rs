@@ -164,6 +164,7 @@ fn endpoint(role: Role, resource: &ResourceName, folder: &Path) -> String {
 impl Plugin {
     /// Serves and registers until the shutdown, whatever the kubelet does meanwhile.
     pub async fn run(mut self) {
+        self.known(false);
         let endpoint = endpoint(self.manner.role, &self.resource, &self.folder);
         let mut past = Past {
             backoff: Backoff::new(self.waits.retry[0], self.waits.retry[1]),
@@ -191,7 +192,7 @@ impl Plugin {
                     }
                 }
             }
-            self.ready.not_ready();
+            self.known(false);
         }
     }
 
@@ -283,12 +284,12 @@ impl Plugin {
                 // Only a kubelet that listens ends the waiting: one that takes the registration and hangs up does not.
                 past.backoff.reset();
                 unheard = None;
-                self.ready.ready();
+                self.known(true);
             } else if known.is_some() {
                 if was_listening {
                     tracing::info!(resource = %self.resource, "The kubelet has stopped to listen");
                 }
-                self.ready.not_ready();
+                self.known(false);
                 unheard = unheard.or(Some(now));
             }
             was_listening = heard;
@@ -308,6 +309,8 @@ impl Plugin {
                 }
                 known = None;
                 unheard = None;
+                // A kubelet that goes removes its socket first and hangs up later.
+                self.known(false);
             }
             match present {
                 None => {
@@ -363,6 +366,16 @@ impl Plugin {
         }
     }
 
+    /// Says whether the kubelet knows of us and listens.
+    fn known(&self, is_known: bool) {
+        if is_known {
+            self.ready.ready();
+        } else {
+            self.ready.not_ready();
+        }
+        self.metrics.known(&self.resource, is_known);
+    }
+
     /// Whether our socket is still ours.
     async fn lost(&self, path: &Path, own: Option<SocketId>, changes: &mut FolderWatch) -> Option<End> {
         match socket_id(path) {
@@ -374,7 +387,7 @@ impl Plugin {
                     resource = %self.resource, path = %path.display(),
                     "Another process has taken over the socket of this resource; standing back while it serves"
                 );
-                self.ready.not_ready();
+                self.known(false);
                 while let Ok(Ok(_)) = timeout(CONNECT, tokio::net::UnixStream::connect(path)).await {
                     let armed = changes.arm();
                     tokio::select! {
@@ -461,13 +474,18 @@ mod tests {
         let folder = place.path().join("plugins");
         std::fs::create_dir(&folder).unwrap();
         let (_units, units) = watch::channel(Arc::new(vec![Unit::sample("0000:41:00.0")]));
-        let (shutdown, registry) = (Shutdown::manual(), Registry::default());
-        let plugin = plugin(&folder, units, &shutdown, &registry, Waits::default());
+        let (shutdown, registry, metrics) = (Shutdown::manual(), Registry::default(), Metrics::new());
+        let says = |line: &str| metrics.encode().unwrap().lines().any(|found| found == line);
+        let [known, unknown] =
+            [1, 0].map(|value| format!("ccnode_plugin_registered{{resource=\"nvidia.com/pgpu\"}} {value}"));
+        let mut plugin = plugin(&folder, units, &shutdown, &registry, Waits::default());
+        plugin.metrics = PluginMetrics::register(&metrics);
         let task = tokio::spawn(plugin.run());
         let begun = Instant::now();
         sleep(HOUR).await;
         assert!(begun.elapsed() >= HOUR && !task.is_finished() && !registry.is_ready());
         assert!(folder.join("sandbox-pgpu.sock").exists(), "it is there before the kubelet is");
+        assert!(says(&unknown), "a resource that was never registered is told of");
 
         // From here on there is another process, whose time is real.
         tokio::time::resume();
@@ -475,6 +493,21 @@ mod tests {
         let begun = Instant::now();
         kubelet.wait_allocatable("nvidia.com/pgpu", 1, Duration::from_mins(1)).await.unwrap();
         assert!(begun.elapsed() < Waits::default().retry[1], "no long wait was begun in the hour");
+        let told = async |line: &str| {
+            let said = timeout(Duration::from_mins(1), async {
+                while !says(line) {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            });
+            assert!(said.await.is_ok(), "{line} is not said:\n{}", metrics.encode().unwrap());
+        };
+        told(&known).await;
+        assert!(registry.is_ready());
+        kubelet.stop().await.unwrap();
+        told(&unknown).await;
+        assert!(!registry.is_ready());
+        kubelet.resume().await.unwrap();
+        told(&known).await;
         shutdown.trigger();
         task.await.unwrap();
     }

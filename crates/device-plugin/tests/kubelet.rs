@@ -416,6 +416,9 @@ async fn a_kubelet_that_stops_to_listen_is_registered_with_again() {
     until("registered again", || kubelet.registrations() > before).await;
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
     until("ready again", || node.readiness.is_ready()).await;
+    // A kubelet that goes removes its socket, and hangs up later.
+    std::fs::remove_file(node.plugins().join("kubelet.sock")).unwrap();
+    until("not ready without a kubelet", || !node.readiness.is_ready()).await;
     node.end(agent).await;
     kubelet.end().await;
 }
@@ -464,6 +467,7 @@ async fn cc_managers_word_is_heard_without_a_poll_and_counted() {
     let text = node.metrics.encode().unwrap();
     for line in [
         "ccnode_plugin_units{resource=\"nvidia.com/pgpu\",health=\"healthy\",code=\"\"} 2",
+        "ccnode_plugin_registered{resource=\"nvidia.com/pgpu\"} 1",
         "ccnode_plugin_registrations_total{resource=\"nvidia.com/pgpu\"} 1",
         "ccnode_plugin_allocations_total{resource=\"nvidia.com/pgpu\",result=\"given\"} 1",
         "ccnode_plugin_allocations_total{resource=\"nvidia.com/pgpu\",result=\"refused\"} 5",

@@ -54,6 +54,7 @@ async fn units_are_told_and_neither_kubelet_nor_kata_hear_of_them() {
     assert!(readiness.is_ready(), "observing, it does its work");
     let page = metrics.encode().unwrap();
     assert!(page.contains("ccnode_plugin_units{"), "{page}");
+    assert!(!page.contains("ccnode_plugin_registered{"), "what is not to be registered is not missed: {page}");
     shutdown.trigger();
     task.await.unwrap().unwrap();
     // It has ended: whatever it would have done is done.
