@@ -1,17 +1,26 @@
-//! The eight mixtures of our agents and NVIDIA's on one node: each change of modes is completed, or refused with a reason.
+//! The eight mixtures of our agents and NVIDIA's on one node: each change of modes is completed, or refused with a reason; and
+//! what pods then get is what the device plugin of the mixture makes of it.
 //!
-//! NVIDIA's are stand-ins made from operator-contract sections 5.4, 6.5 to 6.10 and 7.4, with the faults that matter beside ours: its
-//! cc-manager resets whatever there is and does not wait for vfio-manager, its vfio-manager unbinds by hand, its device plugin is
-//! named by numbers and knows of no change.
+//! NVIDIA's are stand-ins made from operator-contract sections 5.4, 6.5 to 6.10 and 7.3 to 7.8, with the faults that matter beside
+//! ours: its cc-manager resets whatever there is, does not wait for vfio-manager and leaves the plugin running, its vfio-manager
+//! unbinds by hand, its device plugin (`lab-kata-plugin`) looks at its start and never again: it keeps offering, under the numbers
+//! of then, what is being reset, is unbound, or has another number now.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, PGPU, await_that, cc_status, gpu_bdfs, hold_group, lab_is_here, registers_say, release};
+use e2e::{
+    CHANGE, PGPU, STEP, await_that, bound_to_vfio, cc_status, gpu_bdfs, hold_group, lab_is_here, registers_say, release,
+};
 use lab::node::{CC_MODE, CC_MODE_STATE, CC_READY_STATE, NAMESPACE, NODE};
 use lab::{Boot, Node};
+use lab_vm::Add;
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
+
+/// NVIDIA's device plugin.
+const THEIR_PLUGIN: &str = "lab-kata-plugin";
 
 const MARKER: &str = "paused-for-cc-mode-change";
 
@@ -85,6 +94,25 @@ struct World {
     node: Node,
     by: [By; 3],
     runs: Vec<Component>,
+    /// The numbers that the GPUs had when NVIDIA's plugin looked.
+    seen: BTreeSet<String>,
+}
+
+/// A node with its kubelet, where all three of the operator's pods are to run.
+fn world(cc: By) -> Result<Option<World>> {
+    if !lab_is_here()? {
+        return Ok(None);
+    }
+    let mut labels = vec![(CC_MODE, "off")];
+    labels.extend(COMPONENTS.map(|component| (component.names().0, "true")));
+    let mut boot = Boot::new("rtx-pro-6000")?;
+    let guest = format!("/usr/bin/{THEIR_PLUGIN}").into();
+    boot.programs.push(Add { host: env!("CARGO_BIN_EXE_lab-kata-plugin").into(), guest });
+    let mut node = Node::start(boot, &labels)?;
+    node.api.create("namespaces", json!({"metadata": {"name": NAMESPACE}}))?;
+    node.look(&["sh", "-c", "mkdir -p /host && mount --rbind / /host"])?;
+    node.start_kubelet()?;
+    Ok(Some(World { node, by: [cc; 3], runs: Vec::new(), seen: BTreeSet::new() }))
 }
 
 impl World {
@@ -113,11 +141,18 @@ impl World {
                 self.each(THEY_UNBIND)?;
                 self.each(THEY_BIND)?;
             }
-            (DevicePlugin, _, by) => {
-                let scheme = if by == Ours { "--device-id-scheme=pci" } else { "--device-id-scheme=iommu" };
+            (DevicePlugin, _, Ours) => {
                 // Under the operator it sees nothing of what cc-manager writes.
-                let argv = ["device-plugin", "--cc-gate=off", "--state-dir=/run/elsewhere", scheme];
+                let argv = ["device-plugin", "--cc-gate=off", "--state-dir=/run/elsewhere", "--device-id-scheme=pci"];
                 self.node.start_agent(&argv, &[("POLL_INTERVAL", "1s")])?;
+            }
+            (DevicePlugin, _, Theirs) => {
+                let gpus = gpu_bdfs(&self.node)?;
+                self.seen =
+                    self.numbers()?.into_iter().filter(|(_, bdf)| gpus.contains(bdf)).map(|(id, _)| id).collect();
+                self.node.start_agent(&[THEIR_PLUGIN], &[])?;
+                let agent = self.node.agent(THEIR_PLUGIN)?;
+                agent.process.wait_output(STEP, |text| text.contains("found")).with_context(|| self.node.logs())?;
             }
             (Validator, ..) => {}
         }
@@ -134,14 +169,23 @@ impl World {
 
     /// The hook of its pod, and its end.
     fn stop(&mut self, component: Component) -> Result<()> {
-        match (component, self.by[1]) {
-            (VfioManager, Ours) => {
+        let [_, vfio, plugin] = self.by;
+        match (component, vfio, plugin) {
+            (VfioManager, Ours, _) => {
                 self.sh("vfio-manage unbind --all")?;
                 self.node.stop_agent("vfio-manager", Signal::SIGTERM)?;
             }
-            (VfioManager, Theirs) => self.each(THEY_UNBIND)?,
-            (DevicePlugin, _) => self.node.stop_agent("device-plugin", Signal::SIGTERM)?,
-            (Validator, _) => {}
+            (VfioManager, Theirs, _) => self.each(THEY_UNBIND)?,
+            (DevicePlugin, _, Ours) => self.node.stop_agent("device-plugin", Signal::SIGTERM)?,
+            (DevicePlugin, _, Theirs) => {
+                // It handles no signal, and leaves everything behind.
+                self.node.stop_agent(THEIR_PLUGIN, Signal::SIGKILL)?;
+                self.sh(
+                    "test -S /var/lib/kubelet/device-plugins/sandbox-pgpu.sock -a -f /var/run/cdi/nvidia.com-pgpu.yaml",
+                )?;
+                self.node.await_allocatable(PGPU, 0, STEP)?;
+            }
+            (Validator, ..) => {}
         }
         self.node.api.delete("pods", NAMESPACE, component.names().2, Some(0))?;
         self.runs.retain(|other| *other != component);
@@ -153,10 +197,23 @@ impl World {
         for component in COMPONENTS {
             let wanted = self.label(component.names().0) == "true";
             match (wanted, self.runs.contains(&component)) {
+                // The init container of its pod waits until the GPUs are bound.
+                (true, false)
+                    if (component, self.by[2]) == (DevicePlugin, Theirs) && bound_to_vfio(&self.node).is_err() => {}
                 (true, false) => self.start(component)?,
                 (false, true) => self.stop(component)?,
                 _ => {}
             }
+        }
+        Ok(())
+    }
+
+    /// Until everything runs that is to run, and the GPUs are bound.
+    fn settles(&mut self) -> Result<()> {
+        let deadline = Instant::now() + CHANGE;
+        while self.runs.len() < COMPONENTS.len() || bound_to_vfio(&self.node).is_err() {
+            self.sync()?;
+            ensure!(Instant::now() < deadline, "{:?}: {:?}\n{}", self.by, self.runs, self.node.logs());
         }
         Ok(())
     }
@@ -170,6 +227,7 @@ impl World {
         }
         // Its wait is for pods with another label than vfio-manager's: the DaemonSet controller may be as late as it likes.
         self.sync()?;
+        self.offer_during_the_change().context("during the change")?;
         self.each(&THEY_CHANGE.replace("VALUE", if mode == "on" { "1" } else { "0" }))?;
         self.node.api.set_label(NODE, CC_MODE_STATE, Some(mode))?;
         self.node.api.set_label(NODE, CC_READY_STATE, Some(if mode == "on" { "true" } else { "false" }))?;
@@ -194,22 +252,104 @@ impl World {
         }
         let (node, count) = (&self.node, self.node.gpus().len());
         registers_say(node, mode)?;
-        await_that("bound", node, || Ok(e2e::bound_to_vfio(node).is_ok()))?;
-        node.await_allocatable(PGPU, count, CHANGE).with_context(|| node.logs())
+        await_that("bound", node, || Ok(bound_to_vfio(node).is_ok()))?;
+        node.await_allocatable(PGPU, count, CHANGE).with_context(|| node.logs())?;
+        self.offer_of_the_bound().with_context(|| format!("{:?}, {mode}", self.by))
     }
+
+    /// The function behind each number of VFIO's devices, now.
+    fn numbers(&self) -> Result<BTreeMap<String, String>> {
+        let text = self.node.look(&["sh", "-c", "cd /sys/bus/pci/devices && ls -d */vfio-dev/vfio* || true"])?.text();
+        let lines = text.lines().map(|line| line.split_once("/vfio-dev/vfio").with_context(|| format!("{line:?}")));
+        lines.map(|line| line.map(|(bdf, number)| (number.to_owned(), bdf.to_owned()))).collect()
+    }
+
+    /// The IDs that the kubelet would give away.
+    fn offered(&self) -> Result<BTreeSet<String>> {
+        let dump = self.node.kubelet()?;
+        let devices = dump["resources"][PGPU]["devices"].as_array().context("the kubelet has no devices")?;
+        let usable = devices.iter().filter(|device| device["allocatable"] == true);
+        Ok(usable.filter_map(|device| device["id"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// A pod takes all that is offered: the functions that Kata plugs in for each ID, or why it cannot.
+    fn plugged(&self) -> Result<Result<BTreeMap<String, Vec<String>>, String>> {
+        let (node, pod, all) = (&self.node, "default/taker", format!("{PGPU}={}", self.offered()?.len()));
+        // Where a node is missing the pod does not start; what it was given is its own all the same.
+        node.guest.run(&["lab-kubelet", "ctl", "admit", pod, "--limit", &all], STEP)?;
+        let resolved = node.guest.run(&["lab-kubelet", "resolve", pod], STEP)?;
+        node.look(&["lab-kubelet", "ctl", "remove", pod])?;
+        if !resolved.success() {
+            return Ok(Err(resolved.error_text()));
+        }
+        let resolved: Value = serde_json::from_slice(&resolved.stdout)?;
+        let devices = resolved["devices"].as_array().context("resolve tells no devices")?;
+        let device =
+            |device: &Value| Ok((device["id"].as_str().context("no ID")?.to_owned(), strings(&device["bdfs"])));
+        Ok(Ok(devices.iter().map(device).collect::<Result<_>>()?))
+    }
+
+    /// Our vfio-manager leaves the GPUs bound when its pod is replaced, so that plugins do not see the change, nor do pods. Of
+    /// NVIDIA's they are unbound: our plugin withdraws them, NVIDIA's offers them as before, and a pod that takes one gets stuck.
+    fn offer_during_the_change(&self) -> Result<()> {
+        let (node, count) = (&self.node, self.node.gpus().len());
+        match self.by {
+            [_, Ours, _] => {
+                node.await_allocatable(PGPU, count, CHANGE)?;
+                self.offer_of_the_bound()
+            }
+            [_, Theirs, Ours] => node.await_allocatable(PGPU, 0, CHANGE),
+            [_, Theirs, Theirs] => {
+                node.await_allocatable(PGPU, count, CHANGE)?;
+                let (offered, plugged) = (self.offered()?, self.plugged()?);
+                ensure!(offered == self.seen, "offered: {offered:?}, seen: {:?}", self.seen);
+                ensure!(plugged.as_ref().is_err_and(|text| text.contains("does not exist")), "{plugged:?}");
+                Ok(())
+            }
+        }
+    }
+
+    /// Our plugin names GPUs by their addresses, NVIDIA's by the numbers of its start. They are the same after every change of
+    /// modes: our vfio-manager leaves GPUs bound, NVIDIA's binds them in the same order again.
+    fn offer_of_the_bound(&self) -> Result<()> {
+        let (gpus, numbers) = (gpu_bdfs(&self.node)?, self.numbers()?);
+        let (offered, plugged) = (self.offered()?, self.plugged()?.map_err(anyhow::Error::msg)?);
+        ensure!(plugged.keys().eq(&offered), "offered: {offered:?}, plugged in: {plugged:?}");
+        if self.by[2] == Ours {
+            ensure!(offered == gpus && plugged.iter().all(|(id, bdfs)| bdfs.contains(id)), "{plugged:?}");
+            return Ok(());
+        }
+        let has_number =
+            |(id, bdfs): (&String, &Vec<String>)| numbers.get(id).is_some_and(|bdf| *bdfs == [bdf.as_str()]);
+        ensure!(offered == self.seen && plugged.iter().all(has_number), "{plugged:?}, numbers: {numbers:?}");
+        let plugged: BTreeSet<String> = plugged.into_values().flatten().collect();
+        ensure!(plugged == gpus, "{plugged:?}, GPUs: {gpus:?}");
+        Ok(())
+    }
+
+    /// How often NVIDIA's plugin was started.
+    fn their_starts(&self) -> usize {
+        self.node.agents().iter().filter(|agent| agent.name == THEIR_PLUGIN).count()
+    }
+}
+
+fn strings(list: &Value) -> Vec<String> {
+    list.as_array().into_iter().flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect()
 }
 
 fn mixture(world: &mut World, by: [By; 3]) -> Result<()> {
     world.by = by;
-    let cc = by[0];
+    let [cc, _, plugin] = by;
     world.node.ask_for("off")?;
     world.sync()?;
     if cc == Ours {
         world.node.start_cc_manager()?;
     } else {
+        world.settles()?;
         world.they_change("off")?;
     }
     world.arrives("off")?;
+    let starts = world.their_starts();
     if cc == Ours {
         // As a virtual machine does.
         hold_group(&mut world.node, "gpu0")?;
@@ -231,6 +371,8 @@ fn mixture(world: &mut World, by: [By; 3]) -> Result<()> {
         world.they_change("off")?;
     }
     world.arrives("off")?;
+    let again = if (cc, plugin) == (Ours, Theirs) { 2 } else { 0 };
+    ensure!(world.their_starts() == starts + again, "NVIDIA's plugin was started {} times", world.their_starts());
     if cc == Ours {
         world.node.stop_agent("cc-manager", Signal::SIGTERM)?;
     }
@@ -242,16 +384,7 @@ fn mixture(world: &mut World, by: [By; 3]) -> Result<()> {
 
 /// One after the other on one node, so that each also finds what the one before has left.
 fn mixtures_with(cc: By) -> Result<()> {
-    if !lab_is_here()? {
-        return Ok(());
-    }
-    let mut labels = vec![(CC_MODE, "off")];
-    labels.extend(COMPONENTS.map(|component| (component.names().0, "true")));
-    let mut node = Node::start(Boot::new("rtx-pro-6000")?, &labels)?;
-    node.api.create("namespaces", json!({"metadata": {"name": NAMESPACE}}))?;
-    node.look(&["sh", "-c", "mkdir -p /host && mount --rbind / /host"])?;
-    node.start_kubelet()?;
-    let mut world = World { node, by: [cc; 3], runs: Vec::new() };
+    let Some(mut world) = world(cc)? else { return Ok(()) };
     for (vfio, plugin) in [(Theirs, Theirs), (Theirs, Ours), (Ours, Theirs), (Ours, Ours)] {
         let begun = Instant::now();
         mixture(&mut world, [cc, vfio, plugin]).with_context(|| format!("{cc:?}, {vfio:?}, {plugin:?}"))?;
@@ -268,4 +401,48 @@ fn our_cc_manager_works_with_everybodys_agents() -> Result<()> {
 #[test]
 fn nvidias_cc_manager_works_with_everybodys_agents() -> Result<()> {
     mixtures_with(Theirs)
+}
+
+#[test]
+fn nvidias_plugin_offers_the_numbers_of_its_start_whatever_has_them_now() -> Result<()> {
+    let Some(mut world) = world(Theirs)? else { return Ok(()) };
+    world.settles()?;
+    world.node.await_allocatable(PGPU, 2, STEP)?;
+    let [gpu0, gpu1, audio0] = ["gpu0", "gpu1", "audio0"].map(|name| world.node.guest.bdf(name));
+    let (gpu0, gpu1, audio0) = (gpu0?, gpu1?, audio0?);
+    let only = |bdf: &String| vec![bdf.clone()];
+    let ids = ["0", "2"].map(str::to_owned);
+    ensure!(world.seen.iter().eq(&ids), "{:?}", world.seen);
+    let [first, second] = ids;
+    // In which order functions are bound again, and what then has the numbers 0 and 2.
+    let cases: [(&[&str], Option<[&String; 2]>); 4] = [
+        (&["gpu0", "audio0", "gpu1", "audio1"], Some([&gpu0, &gpu1])),
+        (&["gpu1", "audio0", "gpu0", "audio1"], Some([&gpu1, &gpu0])),
+        (&["gpu0", "audio0"], None),
+        (&["audio0", "gpu0", "gpu1", "audio1"], Some([&audio0, &gpu1])),
+    ];
+    for (order, wanted) in cases {
+        world.each(THEY_UNBIND)?;
+        for name in order {
+            let bdf = world.node.guest.bdf(name)?;
+            let bind = "echo vfio-pci > /sys/bus/pci/devices/BDF/driver_override; echo BDF > /sys/bus/pci/drivers/vfio-pci/bind";
+            world.sh(&bind.replace("BDF", &bdf))?;
+        }
+        ensure!(world.offered()? == world.seen, "{order:?}: {:?}", world.offered()?);
+        let plugged = world.plugged()?;
+        let as_it_is = match wanted {
+            Some([at_first, at_second]) => {
+                let wanted = BTreeMap::from([(first.clone(), only(at_first)), (second.clone(), only(at_second))]);
+                plugged.as_ref().is_ok_and(|plugged| *plugged == wanted)
+            }
+            None => plugged.as_ref().is_err_and(|text| text.contains("/dev/vfio/devices/vfio2 does not exist")),
+        };
+        ensure!(as_it_is, "{order:?}: {plugged:?}");
+    }
+    // A new pod of the plugin looks again.
+    world.stop(DevicePlugin)?;
+    world.sync()?;
+    world.node.await_allocatable(PGPU, 2, STEP)?;
+    ensure!(world.seen.iter().eq(["1", "2"]), "{:?}", world.seen);
+    world.offer_of_the_bound()
 }

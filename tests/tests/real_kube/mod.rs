@@ -65,7 +65,7 @@ pub(crate) fn make_vfio_nodes(groups: impl IntoIterator<Item = u32>) -> Result<(
 pub(crate) fn plugin(devices: &[(&str, bool)]) -> Toy {
     let mut toy = Toy::new(devices);
     toy.options = dp::DevicePluginOptions { pre_start_required: true, get_preferred_allocation_available: true };
-    toy.node = |id| ["/dev/null".to_owned(), format!("/dev/contract-{id}")];
+    toy.nodes = |id| vec![["/dev/null".to_owned(), format!("/dev/contract-{id}")]];
     toy
 }
 

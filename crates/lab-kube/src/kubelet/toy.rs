@@ -31,8 +31,8 @@ pub struct Toy {
     pub devices: watch::Sender<Vec<dp::Device>>,
     /// What it prefers. Without that, the last ones, which nobody would take by chance all the time.
     pub preferred: Vec<String>,
-    /// Where the node of a device is on the machine and in a container, by its ID.
-    pub node: fn(&str) -> [String; 2],
+    /// Where the nodes of a device are on the machine and in a container, by its ID.
+    pub nodes: fn(&str) -> Vec<[String; 2]>,
     /// The kind of the CDI names that Allocate answers beside device nodes, if it does.
     pub cdi: Option<String>,
     fail: Mutex<BTreeMap<&'static str, Status>>,
@@ -54,13 +54,13 @@ impl Toy {
     pub fn new(devices: &[(&str, bool)]) -> Self {
         let in_vfio = |id: &str| {
             let path = format!("/dev/vfio/{id}");
-            [path.clone(), path]
+            vec![[path.clone(), path]]
         };
         Self {
             options: dp::DevicePluginOptions::default(),
             devices: watch::Sender::new(list(devices)),
             preferred: Vec::new(),
-            node: in_vfio,
+            nodes: in_vfio,
             cdi: None,
             fail: Mutex::default(),
             calls: Mutex::default(),
@@ -234,13 +234,14 @@ impl DevicePlugin for Service {
     async fn allocate(&self, request: Request<dp::AllocateRequest>) -> Result<Response<dp::AllocateResponse>, Status> {
         let mut container_responses = Vec::new();
         for request in request.into_inner().container_requests {
-            let device = |id: &String| {
-                let [host_path, container_path] = (self.0.node)(id);
-                dp::DeviceSpec { container_path, host_path, permissions: "mrw".into() }
+            let device = |[host_path, container_path]: [String; 2]| dp::DeviceSpec {
+                container_path,
+                host_path,
+                permissions: "mrw".into(),
             };
             let cdi = |id: &String| Some(dp::CdiDevice { name: format!("{}={id}", self.0.cdi.as_ref()?) });
             container_responses.push(dp::ContainerAllocateResponse {
-                devices: request.devices_ids.iter().map(device).collect(),
+                devices: request.devices_ids.iter().flat_map(|id| (self.0.nodes)(id)).map(device).collect(),
                 cdi_devices: request.devices_ids.iter().filter_map(cdi).collect(),
                 ..Default::default()
             });
