@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+mod real_kube;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,8 +11,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use real_kube::{Api, IMAGE, NODE};
+use serde_json::json;
 
 /// Settings that a kubelet changes at its start.
 const SYSCTLS: [&str; 6] = [
@@ -21,6 +26,42 @@ const SYSCTLS: [&str; 6] = [
     "kernel/keys/root_maxkeys",
     "kernel/keys/root_maxbytes",
 ];
+
+/// Values that no kubelet sets and that harm nobody: by these it shows that a setting was noted and put back.
+const ODD: [(&str, &str); 5] = [
+    ("vm/overcommit_memory", "0"),
+    ("kernel/panic", "7"),
+    ("kernel/panic_on_oops", "0"),
+    ("kernel/keys/root_maxkeys", "999983"),
+    ("kernel/keys/root_maxbytes", "24999983"),
+];
+
+fn sysctl(name: &str) -> PathBuf {
+    Path::new("/proc/sys").join(name)
+}
+
+/// The machine's settings, which are put back whatever becomes of the test.
+struct Settings(Vec<(&'static str, String)>);
+
+impl Settings {
+    /// Gives them odd values.
+    fn odd() -> Result<Self> {
+        let mut settings = Self(Vec::new());
+        for (name, value) in ODD {
+            settings.0.push((name, fs::read_to_string(sysctl(name)).context(name)?));
+            fs::write(sysctl(name), value).context(name)?;
+        }
+        Ok(settings)
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        for (name, value) in &self.0 {
+            let _ = fs::write(sysctl(name), value);
+        }
+    }
+}
 
 /// What of a machine a cluster could leave behind.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,7 +104,7 @@ impl Traces {
         let mut cgroups = BTreeSet::new();
         folders_named(Path::new("/sys/fs/cgroup"), name, 2, &mut cgroups);
         let bridges = fs::read_dir("/sys/class/net").unwrap().flatten();
-        let read = |name| fs::read_to_string(Path::new("/proc/sys").join(name)).unwrap_or_default();
+        let read = |name| fs::read_to_string(sysctl(name)).unwrap_or_default();
         Self {
             processes,
             mounts: mounts.lines().filter(|line| line.contains(text)).map(str::to_owned).collect(),
@@ -75,7 +116,7 @@ impl Traces {
     }
 }
 
-fn real_kube(folder: &Path, command: &str) -> Result<String> {
+fn hack_real_kube(folder: &Path, command: &str) -> Result<String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hack/real-kube");
     let output = Command::new(script)
         .arg(command)
@@ -93,8 +134,42 @@ struct Ended<'a>(&'a Path);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        let _ = real_kube(self.0, "down");
+        let _ = hack_real_kube(self.0, "down");
     }
+}
+
+/// Runs a pod in the cluster of a folder, and with it what a pod brings: a sandbox, shims, cgroups.
+fn run_a_pod(folder: &Path) -> Result<()> {
+    let holder: u32 = holder(folder)?.as_raw().try_into()?;
+    let kubeconfig = fs::read_to_string(folder.join("admin.kubeconfig"))?;
+    // The network of a process is that of its thread: this test's own stays the machine's.
+    let thread = std::thread::spawn(move || -> Result<()> {
+        setns(fs::File::open(format!("/proc/{holder}/ns/net"))?, CloneFlags::CLONE_NEWNET)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let (api, pods) = (Api::new(&kubeconfig).await?, "/api/v1/namespaces/default/pods");
+            // Without it a pod is refused, and a controller makes it after a while.
+            let account = "/api/v1/namespaces/default/serviceaccounts/default";
+            api.until(account, |answer| (answer.code == 200).then_some(())).await?;
+            let container = json!({"name": "main", "image": IMAGE, "imagePullPolicy": "Never"});
+            let pod = json!({
+                "metadata": {"name": "left"},
+                "spec": {
+                    "nodeName": NODE, "hostNetwork": true, "automountServiceAccountToken": false,
+                    "tolerations": [{"operator": "Exists"}], "containers": [container],
+                },
+            });
+            api.post(pods, &pod).await?.is(201)?;
+            let path = format!("{pods}/left");
+            api.until(&path, |answer| (answer.body["status"]["phase"] == "Running").then_some(())).await
+        })
+    });
+    thread.join().map_err(|_| anyhow::anyhow!("who makes the pod panicked"))?
+}
+
+/// The first process of the cluster's namespaces.
+fn holder(folder: &Path) -> Result<Pid> {
+    Ok(Pid::from_raw(fs::read_to_string(folder.join("holder"))?.trim().parse()?))
 }
 
 /// Waits until nothing is there that was not there before: what was killed takes a moment to go.
@@ -115,28 +190,37 @@ fn until_as_before(folder: &Path, before: &Traces) -> Result<()> {
 fn down_leaves_nothing_behind() -> Result<()> {
     let here = tempfile::tempdir_in("/run")?;
     let folder = here.path().join(format!("real-kube-{}", std::process::id()));
+    // Settings last: they are put back after the cluster has ended, which puts back the odd ones.
+    let _settings = Settings::odd()?;
     let _ended = Ended(&folder);
     let before = Traces::of(&folder);
     ensure!(!before.folder && before.cgroups.is_empty() && before.processes.is_empty(), "{before:#?}");
 
-    let told = real_kube(&folder, "up")?;
+    let told = hack_real_kube(&folder, "up")?;
     let up = Traces::of(&folder);
     ensure!(up.processes.len() >= 6 && up.folder, "{told}: {up:#?}");
     // The network and the mounts of the cluster are its own.
     ensure!(up.bridges == before.bridges && up.mounts.is_empty(), "{up:#?}");
     let has_kubelet = !folder.join("no-kubelet").exists();
-    ensure!(!has_kubelet || !up.cgroups.is_empty(), "{up:#?}");
-    real_kube(&folder, "down")?;
+    if has_kubelet {
+        ensure!(!up.cgroups.is_empty(), "{up:#?}");
+        // Without that, nothing would have to be put back.
+        let unchanged: Vec<_> = ODD.iter().filter(|(name, _)| up.sysctls[name] == before.sysctls[name]).collect();
+        ensure!(unchanged.is_empty(), "the kubelet leaves {unchanged:?} as they were");
+        run_a_pod(&folder)?;
+        let with_a_pod = Traces::of(&folder);
+        ensure!(with_a_pod.processes.iter().any(|line| line.contains("containerd-shim")), "{with_a_pod:#?}");
+    }
+    hack_real_kube(&folder, "down")?;
     until_as_before(&folder, &before).context("after down")?;
 
     // The first process of the cluster is killed, and all of it with that; down tidies up.
-    real_kube(&folder, "up")?;
-    let holder: i32 = fs::read_to_string(folder.join("holder"))?.trim().parse()?;
-    kill(Pid::from_raw(holder), Signal::SIGKILL)?;
-    real_kube(&folder, "down")?;
+    hack_real_kube(&folder, "up")?;
+    kill(holder(&folder)?, Signal::SIGKILL)?;
+    hack_real_kube(&folder, "down")?;
     until_as_before(&folder, &before).context("after a kill and down")?;
 
     // Down twice is down once.
-    real_kube(&folder, "down")?;
+    hack_real_kube(&folder, "down")?;
     until_as_before(&folder, &before)
 }
