@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
@@ -25,6 +25,16 @@ const SYSCTLS: [&str; 6] = [
     "kernel/panic_on_oops",
     "kernel/keys/root_maxkeys",
     "kernel/keys/root_maxbytes",
+];
+
+/// Folders in which kubelet and containerd write, whatever their root folders are, unless they are kept from it.
+const WRITTEN: [&str; 6] = [
+    "/var/log/pods",
+    "/var/log/containers",
+    "/var/lib/kubelet",
+    "/run/containerd",
+    "/opt/containerd",
+    "/usr/libexec/kubernetes",
 ];
 
 /// Values that no kubelet sets and that harm nobody: by these it shows that a setting was noted and put back.
@@ -71,6 +81,8 @@ struct Traces {
     cgroups: BTreeSet<PathBuf>,
     bridges: BTreeSet<String>,
     sysctls: BTreeMap<&'static str, String>,
+    /// What is in the folders that a kubelet writes, and when it was changed last: one that was made and removed shows, too.
+    written: BTreeMap<PathBuf, SystemTime>,
     folder: bool,
 }
 
@@ -85,6 +97,15 @@ fn folders_named(root: &Path, name: &str, depth: usize, found: &mut BTreeSet<Pat
         } else if depth > 0 {
             folders_named(&entry.path(), name, depth - 1, found);
         }
+    }
+}
+
+/// A file, or a folder and all that is in it, with the time of each one's last change.
+fn changes(path: &Path, found: &mut BTreeMap<PathBuf, SystemTime>) {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return };
+    found.insert(path.to_owned(), metadata.modified().unwrap());
+    if metadata.is_dir() {
+        fs::read_dir(path).into_iter().flatten().flatten().for_each(|entry| changes(&entry.path(), found));
     }
 }
 
@@ -105,12 +126,15 @@ impl Traces {
         folders_named(Path::new("/sys/fs/cgroup"), name, 2, &mut cgroups);
         let bridges = fs::read_dir("/sys/class/net").unwrap().flatten();
         let read = |name| fs::read_to_string(sysctl(name)).unwrap_or_default();
+        let mut written = BTreeMap::new();
+        WRITTEN.into_iter().for_each(|folder| changes(Path::new(folder), &mut written));
         Self {
             processes,
             mounts: mounts.lines().filter(|line| line.contains(text)).map(str::to_owned).collect(),
             cgroups,
             bridges: bridges.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect(),
             sysctls: SYSCTLS.into_iter().map(|name| (name, read(name))).collect(),
+            written,
             folder: folder.exists(),
         }
     }
@@ -199,8 +223,9 @@ fn down_leaves_nothing_behind() -> Result<()> {
     let told = hack_real_kube(&folder, "up")?;
     let up = Traces::of(&folder);
     ensure!(up.processes.len() >= 6 && up.folder, "{told}: {up:#?}");
-    // The network and the mounts of the cluster are its own.
-    ensure!(up.bridges == before.bridges && up.mounts.is_empty(), "{up:#?}");
+    // The network, the mounts and the folders of the cluster are its own, also while it runs.
+    let is_apart = |up: &Traces| up.bridges == before.bridges && up.mounts.is_empty() && up.written == before.written;
+    ensure!(is_apart(&up), "{up:#?} and not {before:#?}");
     let has_kubelet = !folder.join("no-kubelet").exists();
     if has_kubelet {
         ensure!(!up.cgroups.is_empty(), "{up:#?}");
@@ -210,6 +235,7 @@ fn down_leaves_nothing_behind() -> Result<()> {
         run_a_pod(&folder)?;
         let with_a_pod = Traces::of(&folder);
         ensure!(with_a_pod.processes.iter().any(|line| line.contains("containerd-shim")), "{with_a_pod:#?}");
+        ensure!(is_apart(&with_a_pod), "{with_a_pod:#?} and not {before:#?}");
     }
     hack_real_kube(&folder, "down")?;
     until_as_before(&folder, &before).context("after down")?;
