@@ -140,16 +140,20 @@ impl Traces {
     }
 }
 
-fn hack_real_kube(folder: &Path, command: &str) -> Result<String> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hack/real-kube");
-    let output = Command::new(script)
-        .arg(command)
-        .env("CCNODE_REAL_KUBE_DIR", folder)
-        .env_remove("KUBECONFIG")
-        .output()
-        .context("hack/real-kube cannot be run")?;
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../hack/real-kube");
+
+/// Runs a program that is the script or ends in it. Returns its exit status and what it said.
+fn told(folder: &Path, program: &str, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+    let mut command = Command::new(program);
+    command.args(arguments).env("CCNODE_REAL_KUBE_DIR", folder).env_remove("KUBECONFIG");
+    let output = command.output().context(program.to_owned())?;
     let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    ensure!(output.status.success(), "hack/real-kube {command}: {}: {told}", output.status);
+    Ok((output.status.code(), told))
+}
+
+fn hack_real_kube(folder: &Path, command: &str) -> Result<String> {
+    let (code, told) = told(folder, SCRIPT, &[command])?;
+    ensure!(code == Some(0), "hack/real-kube {command}: {code:?}: {told}");
     Ok(told)
 }
 
@@ -247,6 +251,29 @@ fn down_leaves_nothing_behind() -> Result<()> {
     until_as_before(&folder, &before).context("after a kill and down")?;
 
     // Down twice is down once.
+    hack_real_kube(&folder, "down")?;
+    until_as_before(&folder, &before)
+}
+
+#[test]
+#[ignore = "starts a cluster of its own: hack/test --real-kube"]
+fn where_no_cgroup_can_be_made_the_control_plane_runs_alone() -> Result<()> {
+    /// Whoever is started by it sees cgroups that are read-only.
+    const READ_ONLY: &str = r#"
+        for place in $(awk '$3 ~ /^cgroup/ { print $2 }' /proc/mounts); do mount -o remount,bind,ro "$place" || exit; done
+        exec "$0" up
+    "#;
+    let here = tempfile::tempdir_in("/run")?;
+    let folder = here.path().join(format!("real-kube-{}", std::process::id()));
+    let _ended = Ended(&folder);
+    let before = Traces::of(&folder);
+    let arguments = ["--mount", "--propagation", "private", "bash", "-c", READ_ONLY, SCRIPT];
+    let (code, up) = told(&folder, "unshare", &arguments)?;
+    ensure!(code == Some(0) && up.contains("WITHOUT A KUBELET: the cgroup /sys/fs/cgroup/"), "{code:?}: {up}");
+    let (code, status) = told(&folder, SCRIPT, &["status"])?;
+    ensure!(code == Some(3) && status.contains("no kubelet: the cgroup /sys/fs/cgroup/"), "{code:?}: {status}");
+    let (now, settings) = (Traces::of(&folder), &before.sysctls);
+    ensure!(now.cgroups.is_empty() && now.sysctls == *settings, "{now:#?} and not {before:#?}");
     hack_real_kube(&folder, "down")?;
     until_as_before(&folder, &before)
 }
