@@ -145,7 +145,7 @@ const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../hack/real-kube");
 /// Runs a program that is the script or ends in it. Returns its exit status and what it said.
 fn told(folder: &Path, program: &str, arguments: &[&str]) -> Result<(Option<i32>, String)> {
     let mut command = Command::new(program);
-    command.args(arguments).env("CCNODE_REAL_KUBE_DIR", folder).env_remove("KUBECONFIG");
+    command.args(arguments).env("CCNODE_REAL_KUBE_DIR", folder).env_remove("CCNODE_REAL_KUBE_FOREIGN");
     let output = command.output().context(program.to_owned())?;
     let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     Ok((output.status.code(), told))
