@@ -138,6 +138,18 @@ struct Past {
     quick: u32,
 }
 
+impl Past {
+    /// Notes since when a kubelet is there, if it is another than before.
+    fn sees(&mut self, present: Option<SocketId>, now: Instant) {
+        if let Some(id) = present
+            && self.appeared.is_none_or(|(whom, _)| whom != id)
+        {
+            self.appeared = Some((id, now));
+            self.quick = 0;
+        }
+    }
+}
+
 /// Why serving ended.
 enum End {
     Shutdown,
@@ -293,12 +305,7 @@ impl Plugin {
                 unheard = unheard.or(Some(now));
             }
             was_listening = heard;
-            if let Some(id) = present
-                && past.appeared.is_none_or(|(whom, _)| whom != id)
-            {
-                past.appeared = Some((id, now));
-                past.quick = 0;
-            }
+            past.sees(present, now);
             if known.is_some() && (present != known || unheard.is_some_and(|since| now >= since + self.waits.unheard)) {
                 if present == known
                     && let Some(kubelet) = known
