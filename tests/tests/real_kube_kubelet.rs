@@ -161,6 +161,17 @@ impl Machine {
         self.cluster.admin.until(&path, |answer| (answer.code == 404).then_some(())).await
     }
 
+    /// Which container a pod that runs has, and how often one was started anew.
+    async fn container(&self, pod: &str) -> Result<Value> {
+        let path = format!("{}/{pod}", self.pods());
+        let pod = self.cluster.admin.get(&path).await?.is(200)?;
+        let status = &pod["status"]["containerStatuses"][0];
+        ensure!(status["ready"] == true && status["restartCount"] == 0, "{status:#}");
+        // The stand-in has no runtime that would give its containers names.
+        ensure!(self.stand_in.is_some() || status["containerID"].is_string(), "{status:#}");
+        Ok(json!({"containerID": status["containerID"], "restartCount": status["restartCount"]}))
+    }
+
     async fn lister(&self) -> Result<PodResourcesListerClient<tonic::transport::Channel>> {
         let channel = kubelet_api::socket::connect(&self.pod_resources, Duration::from_secs(10)).await?;
         Ok(PodResourcesListerClient::new(channel))
@@ -257,9 +268,9 @@ async fn sick_devices_are_counted_and_not_offered(machine: &Machine) -> Result<(
     machine.offers(&resource, "4", "2").await?;
     let pod = machine.runs(&resource, 2).await?;
     ensure!(machine.held(&pod, &resource).await? == ids(&["0", "2"]), "it holds a sick one");
-    // A held device that falls sick stays where it is.
-    toy.has(&[("0", false), ("1", false), ("2", true), ("3", true)]);
-    machine.offers(&resource, "4", "2").await?;
+    // A held device that falls sick stays where it is; that the others are well shows that the kubelet has the new list.
+    toy.has(&[("0", false), ("1", true), ("2", true), ("3", true)]);
+    machine.offers(&resource, "4", "3").await?;
     ensure!(machine.held(&pod, &resource).await? == ids(&["0", "2"]), "it has lost a device");
     machine.until_phase(&pod, "Running").await?;
     // One that is listed no more counts no more.
@@ -377,6 +388,7 @@ async fn a_restart_deletes_sockets_and_keeps_what_pods_hold(machine: &Machine) -
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
     let pod = machine.runs(&resource, 2).await?;
+    let container = machine.container(&pod).await?;
     let socket = machine.folder.join(kubelet_api::KUBELET_SOCKET);
     let before = std::fs::metadata(&socket)?;
     std::fs::write(machine.folder.join("not-a-socket"), "")?;
@@ -400,9 +412,8 @@ async fn a_restart_deletes_sockets_and_keeps_what_pods_hold(machine: &Machine) -
     ensure!(machine.held(&pod, &resource).await? == ids(&["2", "3"]));
     let second = machine.runs(&resource, 2).await?;
     ensure!(machine.held(&second, &resource).await? == ids(&["0", "1"]), "a device is held twice");
-    let path = format!("{}/{pod}", machine.pods());
-    let status = machine.cluster.admin.get(&path).await?.is(200)?["status"].clone();
-    ensure!(status["containerStatuses"][0]["restartCount"] == json!(0) || status["phase"] == "Running", "{status:#}");
+    let now = machine.container(&pod).await?;
+    ensure!(now == container, "the container was {container:#} and is {now:#}");
     ensure!(!other.calls().iter().any(|(what, ids)| *what == "Allocate" && ids.contains(&"2".to_owned())));
     machine.remove(&pod).await?;
     machine.remove(&second).await?;
