@@ -197,7 +197,9 @@ fn run_a_pod(folder: &Path) -> Result<()> {
 
 /// The first process of the cluster's namespaces.
 fn holder(folder: &Path) -> Result<Pid> {
-    Ok(Pid::from_raw(fs::read_to_string(folder.join("holder"))?.trim().parse()?))
+    let noted = fs::read_to_string(folder.join("holder"))?;
+    let number = noted.split_whitespace().next().context("no process is noted")?;
+    Ok(Pid::from_raw(number.parse()?))
 }
 
 /// Waits until nothing is there that was not there before: what was killed takes a moment to go.
