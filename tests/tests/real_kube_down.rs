@@ -127,7 +127,9 @@ impl Traces {
         let bridges = fs::read_dir("/sys/class/net").unwrap().flatten();
         let read = |name| fs::read_to_string(sysctl(name)).unwrap_or_default();
         let mut written = BTreeMap::new();
-        WRITTEN.into_iter().for_each(|folder| changes(Path::new(folder), &mut written));
+        for folder in WRITTEN {
+            changes(Path::new(folder), &mut written);
+        }
         Self {
             processes,
             mounts: mounts.lines().filter(|line| line.contains(text)).map(str::to_owned).collect(),
