@@ -45,7 +45,7 @@ fn ended(node: &Node, running: &Running) -> Result<(i32, String)> {
 
 /// Files of ours on the node, but for the locks.
 fn files(node: &Node) -> Result<Vec<String>> {
-    let script = "find /run/nvidia/ccnode /var/lib/kubelet/device-plugins/ccnode -type f ! -path '*/locks/*'";
+    let script = "find /run/nvidia/ccnode /var/lib/kubelet/device-plugins/ccnode /run/cdi -type f ! -path '*/locks/*'";
     Ok(node.look(&["sh", "-c", script])?.text().lines().map(str::to_owned).collect())
 }
 
@@ -62,7 +62,7 @@ fn what_the_chart_runs_when_it_goes_cleans_up_the_node_and_sees_that_all_are_cle
     node.await_state("off", "false", CHANGE)?;
     node.await_allocatable(e2e::PGPU, 2, STEP)?;
     let left = files(&node)?;
-    for name in ["devices.json", "bindings.json", "units.json"] {
+    for name in ["devices.json", "bindings.json", "units.json", "nvidia.com-pgpu.yaml"] {
         ensure!(left.iter().any(|path| path.ends_with(name)), "no {name} in {left:?}");
     }
     let before = touched(&node)?;

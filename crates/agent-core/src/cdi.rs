@@ -1,10 +1,48 @@
-//! What makes a CDI file one that Kata's Go runtime refuses, and with it every pod that has devices (operator-contract
-//! sections 7.7 and 10).
+//! CDI files: by what those of the device plugin are known, and what makes a file one that Kata's Go runtime refuses, and with
+//! it every pod that has devices (operator-contract sections 7.7 and 10).
 
 use std::collections::BTreeSet;
 
 /// Versions that the CDI library of Kata's Go runtime knows.
 const KNOWN: [&str; 5] = ["0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.3"];
+
+/// Vendor part of every resource name and CDI kind (operator-contract section 7.5).
+pub const VENDOR: &str = "nvidia.com";
+
+/// Newest version that the CDI library of Kata's Go runtime knows is 0.6.0; oldest that lets a device name begin with a
+/// digit is this.
+pub const VERSION: &str = "0.5.0";
+
+/// Longest file that is read to see whether it has changed or is ours, in bytes.
+pub const LONGEST: u64 = 1 << 20;
+
+/// CDI's rule for device names: letters, digits, `_`, `-`, `.` and `:`, a letter or digit at both ends.
+pub fn is_device_name(text: &str) -> bool {
+    let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    ends(text.chars().next())
+        && ends(text.chars().next_back())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':'))
+}
+
+/// `nvidia.com-pgpu.yaml.rest` as `pgpu` and `.rest`.
+pub fn class_and_rest(name: &str) -> Option<(&str, &str)> {
+    name.strip_prefix(VENDOR)?.strip_prefix('-')?.split_once(".yaml")
+}
+
+/// Whether a file is one that this program or the reference wrote: its shape, line by line, with nothing in it but
+/// VFIO nodes. Everything else under a similar name (a container toolkit's, an administrator's) is foreign.
+pub fn is_ours(kind: &str, text: &str) -> bool {
+    let Some(body) = text.strip_prefix(&format!("---\ncdiVersion: {VERSION}\nkind: {kind}\ndevices:\n")) else {
+        return false;
+    };
+    !body.is_empty()
+        && body.lines().all(|line| {
+            let line = line.trim_start();
+            matches!(line, "containerEdits:" | "deviceNodes:")
+                || line.strip_prefix("- name: ").is_some_and(|name| is_device_name(name.trim_matches('"')))
+                || line.strip_prefix("- path: ").is_some_and(|path| path.starts_with("/dev/vfio/"))
+        })
+}
 
 /// What is wrong with a file of this version and kind that names these devices; none when it is valid.
 pub fn trouble<'a>(version: &str, kind: &str, devices: impl IntoIterator<Item = &'a str>) -> Option<String> {

@@ -9,6 +9,14 @@ use std::fmt::Write as _;
 
 use hw_probe::{CcEnable, Inventory, Model, PciFunction, Tee};
 
+/// Where Node Feature Discovery looks for it by default, from the host's root.
+pub const FOLDER: &str = "etc/kubernetes/node-feature-discovery/features.d";
+/// Its name in the folder.
+pub const FILE: &str = "ccnode";
+
+/// The first line, by which a file is known to be ours.
+pub const HEADER: &str = "# Written by ccnode\n";
+
 /// Longest value of a label.
 const LONGEST: usize = 63;
 
@@ -38,7 +46,7 @@ pub fn render<'a>(parts: impl IntoIterator<Item = &'a PciFunction>, tee: Tee) ->
         features.push(("gpu.ppcie.capable", all(&|model| model.ppcie)));
     }
     features.push(("tee", tee.to_owned()));
-    let mut text = String::from("# Written by ccnode\n");
+    let mut text = String::from(HEADER);
     for (name, value) in features {
         // A string takes any text.
         let _ = writeln!(text, "ccnode.dev/{name}={}", label_value(&value));

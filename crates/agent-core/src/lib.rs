@@ -33,6 +33,7 @@ pub mod shutdown;
 pub mod state;
 pub mod text;
 pub mod uevents;
+pub mod validations;
 pub mod work;
 
 pub use hostroot::host_root;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use agent_core::hostfile::{HostDir, HostFileError};
 use agent_core::state::{BINDINGS_FILE, BindingsFile, DEVICES_FILE, DevicesFile, UNITS_FILE, state_dir};
 use agent_core::text::chain;
+use agent_core::{cdi, features, validations};
 use anyhow::{Context as _, bail, ensure};
 use gpu_firmware::{DeviceLock, Places};
 use hw_probe::{Bdf, Inventory, SysRoot};
@@ -22,12 +23,19 @@ use crate::agents::{self, Agent};
 use crate::cluster::{self, ClusterArgs, Named};
 use crate::mode::Terminal;
 use crate::mode::manager::READINESS_FILE;
+use crate::node::run_cdi;
 use crate::source::Source;
 use crate::status::{says_boot, units_folder};
 use crate::{FAILED, SUCCESS, printable};
 
 /// cc-manager's record of changes, beside `devices.json`.
 const TRANSITIONS_FILE: &str = "transitions.jsonl";
+
+/// What is in the folders that are ours alone.
+const STATE_FILES: [&str; 4] = [DEVICES_FILE, BINDINGS_FILE, TRANSITIONS_FILE, UNITS_FILE];
+
+/// Longest file that is read to see whether it is ours, in bytes.
+const LONGEST: u64 = 64 << 10;
 
 /// How often it is looked whether an agent still runs.
 const LOOK: Duration = Duration::from_millis(200);
@@ -52,6 +60,10 @@ pub struct CleanupArgs {
     /// Do it although it cannot be seen whether an agent runs, and remove the record of former drivers, too.
     #[arg(long)]
     pub force: bool,
+    /// Remove the files of vfio-manager's --status-files, too: those of the GPU Operator's validator are the same to the byte, so
+    /// only where it does not run.
+    #[arg(long)]
+    pub status_files: bool,
     /// Wait this long for agents that still run here to end; with --await-nodes, for the nodes.
     #[arg(long, value_name = "TIME", value_parser = agent_core::text::duration)]
     pub wait: Option<Duration>,
@@ -59,7 +71,7 @@ pub struct CleanupArgs {
     #[arg(long, requires = "node")]
     pub node_is_here: bool,
     /// Clean up nothing here, but wait until each node's object is clean, and name those that are not.
-    #[arg(long, conflicts_with_all = ["dry_run", "yes", "force", "offline", "node_is_here"])]
+    #[arg(long, conflicts_with_all = ["dry_run", "yes", "force", "status_files", "offline", "node_is_here"])]
     pub await_nodes: bool,
     /// The node object.
     #[command(flatten)]
@@ -76,7 +88,7 @@ pub fn run(
     notes: &mut impl Write,
     terminal: &Terminal,
 ) -> anyhow::Result<u8> {
-    let CleanupArgs { dry_run, yes, force, wait, node_is_here, await_nodes, cluster, root } = args;
+    let CleanupArgs { dry_run, yes, force, status_files, wait, node_is_here, await_nodes, cluster, root } = args;
     let wait = wait.unwrap_or_default();
     if *await_nodes {
         return nodes_clean(cluster, wait, out);
@@ -95,7 +107,7 @@ pub fn run(
     let runtime = cluster::runtime()?;
     let boot_id = inventory.host.boot_id.as_deref();
     let node = if cluster.offline { None } else { runtime.block_on(find(&path, cluster, *node_is_here, boot_id))? };
-    let host = Leftovers::find(&path, &inventory, *force)?;
+    let host = Leftovers::find(root, &inventory, *force, *status_files)?;
 
     let mut plan = String::new();
     if let Some((client, state)) = &node {
@@ -272,8 +284,24 @@ struct Leftovers {
 }
 
 impl Leftovers {
-    fn find(root: &Path, inventory: &Inventory, force: bool) -> anyhow::Result<Self> {
+    fn find(root: &SysRoot, inventory: &Inventory, force: bool, status_files: bool) -> anyhow::Result<Self> {
         let mut found = Self::default();
+        for folder in [root.join(run_cdi(root)), root.join("etc/cdi")] {
+            let looked = found.add_cdi_files(&folder);
+            found.note(looked);
+        }
+        let looked = found.add_ours(&root.join(features::FOLDER), features::FILE, |text| {
+            text.starts_with(features::HEADER.as_bytes())
+        });
+        found.note(looked);
+        if status_files {
+            let (folder, workload) = (root.join(validations::FOLDER), format!("{}\n", validations::VM_PASSTHROUGH));
+            let looked = found
+                .add_ours(&folder, validations::WORKLOAD_FILE, |text| text == workload.as_bytes())
+                .and_then(|()| found.add_ours(&folder, validations::READY_FILE, <[u8]>::is_empty));
+            found.note(looked);
+        }
+        let root = &root.join("");
         let boot_id = inventory.host.boot_id.as_deref().unwrap_or_default();
         if let Some(dir) = HostDir::open_existing(state_dir(root))? {
             let dir = Rc::new(dir);
@@ -285,14 +313,14 @@ impl Leftovers {
                 Some(why) if dir.exists(BINDINGS_FILE)? => found.kept.push(why),
                 _ => found.add(&dir, BINDINGS_FILE)?,
             }
-            for name in unfinished(dir.path()) {
+            for name in unfinished(dir.path(), &STATE_FILES) {
                 found.add(&dir, &name)?;
             }
         }
         if let Some(dir) = HostDir::open_existing(units_folder(root))? {
             let dir = Rc::new(dir);
             found.add(&dir, UNITS_FILE)?;
-            for name in unfinished(dir.path()) {
+            for name in unfinished(dir.path(), &STATE_FILES) {
                 found.add(&dir, &name)?;
             }
         }
@@ -303,6 +331,44 @@ impl Leftovers {
             found.add(&Rc::new(dir), name)?;
         }
         Ok(found)
+    }
+
+    /// A folder that others have, too, and that our agents would not have written to as it is.
+    fn note(&mut self, looked: Result<(), HostFileError>) {
+        self.kept.extend(looked.err().map(|error| format!("{}; what is there is kept", chain(&error))));
+    }
+
+    /// CDI files of the device plugin's shape, and what a writer of them did not live to rename.
+    fn add_cdi_files(&mut self, folder: &Path) -> Result<(), HostFileError> {
+        let Some(dir) = HostDir::open_existing(folder)?.map(Rc::new) else { return Ok(()) };
+        for name in names(dir.path()) {
+            let is_ours = match cdi::class_and_rest(&name) {
+                Some((class, "")) => holds(&dir, &name, cdi::LONGEST, |text| {
+                    let kind = format!("{}/{class}", cdi::VENDOR);
+                    std::str::from_utf8(text).is_ok_and(|text| cdi::is_ours(&kind, text))
+                }),
+                _ => name
+                    .strip_prefix('.')
+                    .and_then(cdi::class_and_rest)
+                    .is_some_and(|(_, rest)| rest.split('.').next_back() == Some("tmp")),
+            };
+            if is_ours {
+                self.add(&dir, &name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One file where it is as we write it, and what its writer did not live to rename.
+    fn add_ours(&mut self, folder: &Path, name: &str, is_ours: impl Fn(&[u8]) -> bool) -> Result<(), HostFileError> {
+        let Some(dir) = HostDir::open_existing(folder)?.map(Rc::new) else { return Ok(()) };
+        if holds(&dir, name, LONGEST, is_ours) {
+            self.add(&dir, name)?;
+        }
+        for name in unfinished(dir.path(), &[name]) {
+            self.add(&dir, &name)?;
+        }
+        Ok(())
     }
 
     fn add(&mut self, dir: &Rc<HostDir>, name: &str) -> Result<(), HostFileError> {
@@ -327,14 +393,26 @@ fn still_bound(dir: &HostDir, inventory: &Inventory, boot_id: &str) -> Option<St
     Some(format!("{} is kept: {what}; {cure}", path.display()))
 }
 
-/// Files that a writer did not live to rename.
-fn unfinished(path: &Path) -> Vec<String> {
-    let names =
-        fs::read_dir(path).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok());
-    let ours = [DEVICES_FILE, BINDINGS_FILE, TRANSITIONS_FILE, UNITS_FILE];
+/// Whether a file is one that only root or we can write, and has such a content.
+fn holds(dir: &HostDir, name: &str, most: u64, is_ours: impl Fn(&[u8]) -> bool) -> bool {
+    dir.read(name, most).is_ok_and(|found| found.is_some_and(|text| is_ours(&text)))
+}
+
+/// Names of what is in a folder.
+fn names(path: &Path) -> Vec<String> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort_unstable();
+    names
+}
+
+/// Those of `files` that a writer did not live to rename.
+fn unfinished(path: &Path, files: &[&str]) -> Vec<String> {
     let is_one = |name: &String| {
         let rest = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp"));
-        rest.is_some_and(|rest| ours.iter().any(|own| rest.strip_prefix(own).is_some_and(|rest| rest.starts_with('.'))))
+        rest.is_some_and(|rest| {
+            files.iter().any(|own| rest.strip_prefix(own).is_some_and(|rest| rest.starts_with('.')))
+        })
     };
-    names.filter(is_one).collect()
+    names(path).into_iter().filter(is_one).collect()
 }

@@ -110,7 +110,7 @@ impl NodeFiles {
 }
 
 /// `/var/run` is a link to `/run`, mostly an absolute one, which below another root would lead out of it.
-fn run_cdi(root: &SysRoot) -> &'static str {
+pub(crate) fn run_cdi(root: &SysRoot) -> &'static str {
     let is_link = fs::symlink_metadata(root.join("var/run")).is_ok_and(|found| found.is_symlink());
     if !root.is_host() && is_link { "run/cdi" } else { "var/run/cdi" }
 }

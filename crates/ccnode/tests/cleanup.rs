@@ -25,6 +25,12 @@ const VFIO: &str = "nvidia.com/gpu.deploy.vfio-manager";
 const KATA: &str = "nvidia.com/gpu.deploy.kata-sandbox-device-plugin";
 const READINESS: &str = "run/nvidia/validations/.cc-manager-ctr-ready";
 
+const FEATURES: &str = "etc/kubernetes/node-feature-discovery/features.d";
+const VALIDATIONS: &str = "run/nvidia/validations";
+/// As the device plugin writes it.
+const CDI: &str = "---\ncdiVersion: 0.5.0\nkind: nvidia.com/pgpu\ndevices:\n    - name: \"0000:41:00.0\"\n      \
+    containerEdits:\n        deviceNodes:\n            - path: /dev/vfio/12\n";
+
 /// A node whose cc-manager was killed in the middle of a change and taken away.
 struct Bench {
     fake: FakeSysfs,
@@ -65,7 +71,9 @@ impl Bench {
         }
         let units = bench.fake.path().join("var/lib/kubelet/device-plugins/ccnode");
         HostDir::open(units).unwrap().write_atomic("units.json", b"", 0o644).unwrap();
-        HostDir::open(bench.fake.path().join("run/nvidia/validations")).unwrap();
+        for folder in [VALIDATIONS, FEATURES, "var/run/cdi", "etc/cdi"] {
+            HostDir::open(bench.fake.path().join(folder)).unwrap();
+        }
         bench.fake.file(READINESS, "");
         bench
     }
@@ -341,4 +349,61 @@ fn nodes_that_are_not_clean_are_waited_for_and_named() {
     bench.api.set_down(true);
     let (code, _, notes) = wait("1ms");
     assert_eq!((code, notes.contains("it is not known which nodes are cleaned up")), (2, true), "{notes}");
+}
+
+/// The names in a folder.
+fn names(bench: &Bench, folder: &str) -> Vec<String> {
+    let entries = fs::read_dir(bench.fake.path().join(folder)).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort_unstable();
+    names
+}
+
+#[test]
+fn files_of_ours_in_folders_of_all_go_and_others_of_the_same_name_stay() {
+    let bench = Bench::new();
+    let other = CDI.replace("/dev/vfio/12", "/dev/nvidia0").replace("pgpu", "gpu");
+    let switches = CDI.replace("pgpu", "nvswitch");
+    let workload = format!("{VALIDATIONS}/workload-type");
+    let ready = format!("{VALIDATIONS}/vfio-pci-ready");
+    for (path, text) in [
+        ("var/run/cdi/nvidia.com-pgpu.yaml", CDI),
+        ("var/run/cdi/.nvidia.com-pgpu.yaml.7.0000abcd.0.tmp", ""),
+        ("var/run/cdi/nvidia.com-gpu.yaml", &other),
+        ("var/run/cdi/nvidia.yaml", CDI),
+        ("etc/cdi/nvidia.com-nvswitch.yaml", &switches),
+        (&format!("{FEATURES}/ccnode"), "# Written by ccnode\nccnode.dev/gpu.count=1\n"),
+        (&format!("{FEATURES}/.ccnode.7.0000abcd.0.tmp"), ""),
+        (&format!("{FEATURES}/others"), "# Written by ccnode\n"),
+        (&workload, "vm-passthrough\n"),
+        (&ready, ""),
+    ] {
+        bench.fake.file(path, text);
+    }
+    let (code, out, notes) = bench.clean(&[]);
+    assert_eq!((code, notes.matches("warning").count()), (0, 0), "{out}{notes}");
+    assert_eq!(names(&bench, "var/run/cdi"), ["nvidia.com-gpu.yaml", "nvidia.yaml"]);
+    assert!(names(&bench, "etc/cdi").is_empty());
+    assert_eq!(names(&bench, FEATURES), ["others"]);
+    assert_eq!(names(&bench, VALIDATIONS), ["vfio-pci-ready", "workload-type"], "they may be the validator's");
+    // What somebody else has put in the place of ours.
+    bench.fake.file(format!("{FEATURES}/ccnode"), "example.com/x=1\n");
+    bench.fake.file(&workload, "container\n");
+    let (code, out, notes) = bench.clean(&["--status-files"]);
+    assert_eq!(code, 0, "{out}{notes}");
+    assert_eq!(
+        (names(&bench, VALIDATIONS), names(&bench, FEATURES)),
+        (vec!["workload-type".into()], vec!["ccnode".into(), "others".into()])
+    );
+    bench.fake.file(&workload, "vm-passthrough\n");
+    assert_eq!(bench.clean(&["--status-files"]).0, 0);
+    assert!(names(&bench, VALIDATIONS).is_empty());
+    // A folder that anybody may write to is named, and the rest is done.
+    bench.fake.file(READINESS, "");
+    bench.fake.file("var/run/cdi/nvidia.com-pgpu.yaml", CDI);
+    let folder = bench.fake.path().join("var/run/cdi");
+    fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let (code, _, notes) = bench.clean(&[]);
+    assert_eq!((code, notes.contains("var/run/cdi") && notes.contains("is kept")), (0, true), "{notes}");
+    assert!(names(&bench, VALIDATIONS).is_empty() && folder.join("nvidia.com-pgpu.yaml").exists());
 }

@@ -17,6 +17,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use agent_core::cdi::{LONGEST, VERSION, class_and_rest, is_device_name, is_ours};
 use agent_core::hostfile::{HostDir, HostFileError};
 use agent_core::text::chain;
 use serde::Deserialize;
@@ -24,15 +25,8 @@ use serde::Deserialize;
 use crate::names::{ResourceName, VENDOR};
 use crate::units::Unit;
 
-/// Newest version that the CDI library of Kata's Go runtime knows is 0.6.0; oldest that lets a device name begin with a
-/// digit is this.
-const VERSION: &str = "0.5.0";
-
 /// Mode of a file, as the reference leaves it.
 const MODE: u32 = 0o600;
-
-/// Longest file that is read to see whether it has changed or is ours, in bytes.
-const LONGEST: u64 = 1 << 20;
 
 /// The text of the file for one resource; none when no unit has a node.
 pub fn render(resource: &ResourceName, units: &[Unit]) -> Option<String> {
@@ -51,14 +45,6 @@ pub fn render(resource: &ResourceName, units: &[Unit]) -> Option<String> {
         }
     }
     Some(text)
-}
-
-/// CDI's rule for device names: letters, digits, `_`, `-`, `.` and `:`, a letter or digit at both ends.
-fn is_device_name(text: &str) -> bool {
-    let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    ends(text.chars().next())
-        && ends(text.chars().next_back())
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':'))
 }
 
 /// Name of the file for one resource.
@@ -143,29 +129,9 @@ fn stale(folder: &HostDir, files: &BTreeMap<ResourceName, String>) -> Vec<String
     names
 }
 
-/// `nvidia.com-pgpu.yaml.rest` as `pgpu` and `.rest`.
-fn class_and_rest(name: &str) -> Option<(&str, &str)> {
-    name.strip_prefix(VENDOR)?.strip_prefix('-')?.split_once(".yaml")
-}
-
 fn holds_ours(folder: &HostDir, name: &str, resource: &ResourceName) -> Result<bool, HostFileError> {
     let bytes = folder.read(name, LONGEST)?.unwrap_or_default();
-    Ok(std::str::from_utf8(&bytes).is_ok_and(|text| is_ours(resource, text)))
-}
-
-/// Whether a file is one that this program or the reference wrote: the shape of [`render`], line by line, with nothing
-/// in it but VFIO nodes. Everything else under a similar name (a container toolkit's, an administrator's) is foreign.
-fn is_ours(resource: &ResourceName, text: &str) -> bool {
-    let Some(body) = text.strip_prefix(&format!("---\ncdiVersion: {VERSION}\nkind: {resource}\ndevices:\n")) else {
-        return false;
-    };
-    !body.is_empty()
-        && body.lines().all(|line| {
-            let line = line.trim_start();
-            matches!(line, "containerEdits:" | "deviceNodes:")
-                || line.strip_prefix("- name: ").is_some_and(|name| is_device_name(name.trim_matches('"')))
-                || line.strip_prefix("- path: ").is_some_and(|path| path.starts_with("/dev/vfio/"))
-        })
+    Ok(std::str::from_utf8(&bytes).is_ok_and(|text| is_ours(&resource.to_string(), text)))
 }
 
 /// A CDI file as far as it matters here: which devices it defines, by which nodes.
@@ -445,7 +411,7 @@ devices:
             - path: /dev/vfio/devices/vfio2
 ";
         assert_eq!(render(&pgpu(), &units).as_deref(), Some(golden));
-        assert!(is_ours(&pgpu(), golden));
+        assert!(is_ours(&pgpu().to_string(), golden));
         assert_eq!(render(&pgpu(), &[unit("7", &[])]), None, "a device without edits would make the file invalid");
     }
 

@@ -3,10 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+pub use agent_core::cdi::VENDOR;
 use hw_probe::PciFunction;
-
-/// Vendor part of every resource name and CDI kind (operator-contract section 7.5).
-pub const VENDOR: &str = "nvidia.com";
 
 /// Longest name part of a Kubernetes qualified name.
 const LONGEST: usize = 63;

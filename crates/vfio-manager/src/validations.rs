@@ -4,19 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use agent_core::hostfile::{HostDir, HostFileError};
+use agent_core::validations::{FOLDER, READY_FILE, VM_PASSTHROUGH, WORKLOAD_FILE};
 use tracing::info;
-
-/// The folder, from the host's root.
-const FOLDER: &str = "run/nvidia/validations";
-
-/// The node's workload, in one line.
-const WORKLOAD_FILE: &str = "workload-type";
-
-/// There while every GPU is on VFIO.
-const READY_FILE: &str = "vfio-pci-ready";
-
-/// The workload of nodes that give their GPUs to virtual machines.
-const VM_PASSTHROUGH: &str = "vm-passthrough";
 
 /// Longest file that is read, in bytes.
 const MOST: u64 = 4096;
