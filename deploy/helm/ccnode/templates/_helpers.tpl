@@ -113,8 +113,10 @@ readinessProbe:
 {{/* What the schema cannot say: every template of an agent's begins with it */}}
 {{- define "ccnode.check" -}}
 {{- $v := .Values -}}
-{{- if not (or $v.ccManager.enabled $v.vfioManager.enabled $v.devicePlugin.enabled (and $v.policies.enabled $v.policies.operator.enabled)) -}}
-{{- fail "\n\nAll three agents are off: enable at least one of ccManager, vfioManager and devicePlugin.\n" -}}
+{{- $prometheus := or $v.prometheus.podMonitor.enabled $v.prometheus.serviceMonitor.enabled $v.prometheus.rules.enabled -}}
+{{- $beside := or $prometheus $v.grafana.enabled $v.nfd.rules $v.runtimeClasses.enabled (and $v.policies.enabled $v.policies.operator.enabled) -}}
+{{- if not (or $v.ccManager.enabled $v.vfioManager.enabled $v.devicePlugin.enabled $beside) -}}
+{{- fail "\n\nAll three agents are off, and nothing is on that is of use without them: enable at least one of ccManager, vfioManager and devicePlugin.\n" -}}
 {{- end -}}
 {{- if not (or $v.nodes.workloadConfig $v.nodes.enabledLabel) -}}
 {{- fail "\n\nNo node is selected: set nodes.workloadConfig or nodes.enabledLabel to true.\n" -}}
