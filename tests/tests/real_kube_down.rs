@@ -7,7 +7,7 @@ mod real_kube;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
@@ -145,7 +145,7 @@ impl Traces {
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../hack/real-kube");
 
 /// Runs a program that is the script or ends in it. Returns its exit status and what it said.
-fn told(folder: &Path, program: &str, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+fn run_script(folder: &Path, program: &str, arguments: &[&str]) -> Result<(Option<i32>, String)> {
     let mut command = Command::new(program);
     command.args(arguments).env("CCNODE_REAL_KUBE_DIR", folder).env_remove("CCNODE_REAL_KUBE_FOREIGN");
     let output = command.output().context(program.to_owned())?;
@@ -154,7 +154,7 @@ fn told(folder: &Path, program: &str, arguments: &[&str]) -> Result<(Option<i32>
 }
 
 fn hack_real_kube(folder: &Path, command: &str) -> Result<String> {
-    let (code, told) = told(folder, SCRIPT, &[command])?;
+    let (code, told) = run_script(folder, SCRIPT, &[command])?;
     ensure!(code == Some(0), "hack/real-kube {command}: {code:?}: {told}");
     Ok(told)
 }
@@ -204,6 +204,31 @@ fn holder(folder: &Path) -> Result<Pid> {
     Ok(Pid::from_raw(number.parse()?))
 }
 
+/// A process of somebody else's in a cgroup of the cluster, as long as this lives.
+struct Stray {
+    cgroup: PathBuf,
+    process: Child,
+}
+
+impl Stray {
+    /// In the first that takes a process before it is told its processors.
+    fn within(cgroups: &BTreeSet<PathBuf>) -> Result<Self> {
+        let cgroup = cgroups.iter().find(|cgroup| !cgroup.starts_with("/sys/fs/cgroup/cpuset")).context("no cgroup")?;
+        let below = cgroup.join("stray");
+        fs::create_dir(&below)?;
+        let stray = Self { cgroup: cgroup.clone(), process: Command::new("sleep").arg("600").spawn()? };
+        fs::write(below.join("cgroup.procs"), stray.process.id().to_string())?;
+        Ok(stray)
+    }
+}
+
+impl Drop for Stray {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
 /// Waits until nothing is there that was not there before: what was killed takes a moment to go.
 fn until_as_before(folder: &Path, before: &Traces) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -251,6 +276,15 @@ fn down_leaves_nothing_behind() -> Result<()> {
     // The first process of the cluster is killed, and all of it with that; down tidies up.
     hack_real_kube(&folder, "up")?;
     kill(holder(&folder)?, Signal::SIGKILL)?;
+    // First somebody is in the way of one step, which is told, and the others are taken all the same.
+    if has_kubelet {
+        let stray = Stray::within(&up.cgroups)?;
+        let (code, told) = run_script(&folder, SCRIPT, &["down"])?;
+        ensure!(code == Some(1) && told.contains(&format!("the cgroup {} cannot", stray.cgroup.display())), "{told}");
+        let now = Traces::of(&folder);
+        ensure!(now.cgroups == BTreeSet::from([stray.cgroup.clone()]) && now.folder, "{now:#?}");
+        ensure!(now.processes.is_empty() && now.sysctls == before.sysctls, "{now:#?} and not {before:#?}");
+    }
     hack_real_kube(&folder, "down")?;
     until_as_before(&folder, &before).context("after a kill and down")?;
 
@@ -272,9 +306,9 @@ fn where_no_cgroup_can_be_made_the_control_plane_runs_alone() -> Result<()> {
     let _ended = Ended(&folder);
     let before = Traces::of(&folder);
     let arguments = ["--mount", "--propagation", "private", "bash", "-c", READ_ONLY, SCRIPT];
-    let (code, up) = told(&folder, "unshare", &arguments)?;
+    let (code, up) = run_script(&folder, "unshare", &arguments)?;
     ensure!(code == Some(0) && up.contains("WITHOUT A KUBELET: the cgroup /sys/fs/cgroup/"), "{code:?}: {up}");
-    let (code, status) = told(&folder, SCRIPT, &["status"])?;
+    let (code, status) = run_script(&folder, SCRIPT, &["status"])?;
     ensure!(code == Some(3) && status.contains("no kubelet: the cgroup /sys/fs/cgroup/"), "{code:?}: {status}");
     let (now, settings) = (Traces::of(&folder), &before.sysctls);
     ensure!(now.cgroups.is_empty() && now.sysctls == *settings, "{now:#?} and not {before:#?}");
