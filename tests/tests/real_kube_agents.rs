@@ -16,17 +16,13 @@ use std::time::Duration;
 use agent::parts::{OPERANDS, ready_state};
 use agent::{Agent, Hardware, Start};
 use anyhow::{Context, Result, ensure};
-use e2e::rendered::Rendering;
 use gpu_firmware::Mode;
 use lab_kube::api_server::Rule;
 use node_object::annotations;
 use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
-use operator::Components;
+use operator::{Components, OPERATOR, chart};
 use real_kube::{Account, Api, Cluster, IMAGE, MERGE, NODE, PATIENCE, audited, run};
 use serde_json::{Value, json};
-
-/// The namespace in which the chart expects the operator's components.
-const OPERATOR: &str = "gpu-operator";
 
 async fn want(api: &Api, node: &str, mode: Option<Mode>) -> Result<()> {
     let labels = json!({"metadata": {"labels": {CC_MODE: mode.map(Mode::as_str)}}});
@@ -108,25 +104,12 @@ fn pausing_ends_the_operators_pods_and_a_change_is_two_patches() -> Result<()> {
     })
 }
 
-/// The chart's rendering for nodes with the operator's components, which cc-manager pauses.
-fn chart() -> Result<Rendering> {
-    Rendering::read("rendered/everything.yaml")
-}
-
 #[test]
 #[ignore = "needs a real kubelet: hack/test --real-kube"]
 fn the_charts_own_accounts_and_roles_are_enough_and_nothing_is_refused() -> Result<()> {
-    const RIGHTS: [&str; 5] = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"];
     run(async {
-        let (cluster, chart) = (Cluster::real().await?, chart()?);
-        cluster.namespace_named(OPERATOR).await?;
-        let mut applied = 0;
-        for object in RIGHTS.iter().flat_map(|kind| chart.of_kind(kind)) {
-            cluster.apply(object).await?;
-            applied += 1;
-        }
-        ensure!(applied >= 12, "the chart has {applied} accounts, roles and bindings");
-        let account = cluster.account_of("ccnode", "ccnode-cc-manager").await?;
+        let cluster = Cluster::real().await?;
+        let account = operator::charts_account(&cluster).await?;
         want(&cluster.admin, NODE, Some(Mode::Off)).await?;
         let components = Components::on_the_kubelets_node(&cluster, OPERATOR).await?;
         let hardware = Hardware::new()?;

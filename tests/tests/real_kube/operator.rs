@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use e2e::rendered::Rendering;
 use gpu_firmware::Mode;
 use node_object::annotations;
 use node_object::labels::{CC_MODE_STATE, CC_READY_STATE};
@@ -15,7 +16,29 @@ use tokio::task::JoinHandle;
 
 use crate::agent::Look;
 use crate::agent::parts::{OPERANDS, PLUGIN, RESOURCE, ready_state};
-use crate::real_kube::{Api, Cluster, IMAGE, MERGE, NODE, kubelet_folder, plugin, register};
+use crate::real_kube::{Account, Api, Cluster, IMAGE, MERGE, NODE, kubelet_folder, plugin, register};
+
+/// The namespace in which the chart expects the operator's components.
+pub(crate) const OPERATOR: &str = "gpu-operator";
+
+/// The chart's rendering for nodes with the operator's components, which cc-manager pauses.
+pub(crate) fn chart() -> Result<Rendering> {
+    Rendering::read("rendered/everything.yaml")
+}
+
+/// cc-manager's account of the chart, with the chart's accounts, roles and bindings applied as they are.
+pub(crate) async fn charts_account(cluster: &Cluster) -> Result<Account> {
+    const RIGHTS: [&str; 5] = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"];
+    let chart = chart()?;
+    cluster.namespace_named(OPERATOR).await?;
+    let mut applied = 0;
+    for object in RIGHTS.iter().flat_map(|kind| chart.of_kind(kind)) {
+        cluster.apply(object).await?;
+        applied += 1;
+    }
+    ensure!(applied >= 12, "the chart has {applied} accounts, roles and bindings");
+    cluster.account_of("ccnode", "ccnode-cc-manager").await
+}
 
 /// Label of the node whose components are in a namespace: those of another test are nobody's here.
 const OF: &str = "contract.ccnode.dev/namespace";
