@@ -122,6 +122,18 @@ pub fn await_that(what: &str, node: &Node, mut done: impl FnMut() -> Result<bool
     Ok(())
 }
 
+/// Waits until the devices are in a mode, as [`registers_say`]; what keeps them from it, if they do not get there.
+pub fn await_registers(node: &Node, mode: &str) -> Result<()> {
+    let deadline = Instant::now() + CHANGE;
+    while let Err(error) = registers_say(node, mode) {
+        if Instant::now() >= deadline {
+            return Err(error.context(format!("not in time in mode {mode}; {}", node.logs())));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 /// Boots a node of this topology, with these labels; none where scenarios do not run.
 pub fn node(topology: &str, labels: &[(&str, &str)]) -> Result<Option<Node>> {
     node_with(topology, labels, |_| {})

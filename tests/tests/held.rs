@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use e2e::{
-    CHANGE, STEP, await_event, await_that, cc_status, events, hold_group, is_in, node, node_with, registers_say,
-    release, the_labels_never_lied, touched,
+    CHANGE, STEP, await_event, await_registers, await_that, cc_status, events, hold_group, is_in, node, node_with,
+    registers_say, release, the_labels_never_lied, touched,
 };
 use lab::node::{CC_MODE, CC_READY_STATE, NODE};
 use lab::{Boot, Node};
-use lab_devices::ModelKind;
+use lab_devices::{BootState, ModelKind};
 use lab_vm::{Add, Kernel};
 use nix::sys::signal::Signal;
 
@@ -97,7 +97,7 @@ fn a_knob_that_waits_for_its_reset_is_found_when_the_gpu_is_let_go() -> Result<(
     release(&node)?;
     let_sleep(&node, "gpu1")?;
     await_event(&node, "drift", seen)?;
-    await_that("repaired", &node, || Ok(registers_say(&node, "off").is_ok()))?;
+    await_registers(&node, "off")?;
     node.await_state("off", "false", CHANGE)?;
     assert_eq!(touched(&node)?[0], before[0], "the other one is not touched");
     the_labels_never_lied(&node)
@@ -121,6 +121,8 @@ fn a_gpu_let_go_by_its_character_device_is_found_in_what_its_last_reset_made_of_
     // Whoever opens a device that way resets it, and once more when it is closed: that is when the knob takes effect.
     let opened = touched(&node)?;
     ensure!(opened[1].0 > before[1].0, "{before:?} {opened:?}");
+    // A request before it has booted would be one against the protocol.
+    await_that("booted", &node, || Ok(node.device("gpu1")?.boot == BootState::Ready))?;
     tamper(&node, "gpu1", 8, 0, "")?;
     is_in("gpu0", ModelKind::H100, &node.device("gpu0")?, "on")?;
     node.ask_for("off")?;
@@ -132,7 +134,7 @@ fn a_gpu_let_go_by_its_character_device_is_found_in_what_its_last_reset_made_of_
     node.stop_agent("sh", Signal::SIGKILL)?;
     let_sleep(&node, "gpu1")?;
     await_event(&node, "device_verified", seen)?;
-    await_that("repaired", &node, || Ok(registers_say(&node, "on").is_ok()))?;
+    await_registers(&node, "on")?;
     node.await_state("on", "true", CHANGE)?;
     assert_eq!(touched(&node)?[0], before[0], "the other one is not touched");
     Ok(())
