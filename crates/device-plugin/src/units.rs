@@ -157,6 +157,25 @@ pub struct Unit {
 }
 
 impl Unit {
+    /// One that no more is known of than what it is: what else there is of it is to be found.
+    pub(crate) fn bare(id: String, resource: ResourceName, bdf: Bdf, ids: (u16, u16)) -> Self {
+        Self {
+            id,
+            resource,
+            bdf,
+            ids,
+            functions: vec![bdf],
+            backend: Backend::Iommufd,
+            nodes: Vec::new(),
+            all_nodes: Vec::new(),
+            egm: Vec::new(),
+            numa: BTreeSet::new(),
+            upstream: Vec::new(),
+            ppcie: false,
+            fault: None,
+        }
+    }
+
     /// Whether a pod may get it.
     pub fn is_healthy(&self) -> bool {
         self.fault.is_none()
@@ -173,21 +192,7 @@ impl Unit {
     /// A healthy H100 of `nvidia.com/pgpu` on iommufd, without nodes: what a test wants otherwise, it sets.
     pub(crate) fn sample(id: &str) -> Self {
         let bdf = id.parse().unwrap_or("0000:41:00.0".parse().unwrap());
-        Self {
-            id: id.into(),
-            resource: "pgpu".parse().unwrap(),
-            bdf,
-            ids: (0x10de, 0x2330),
-            functions: vec![bdf],
-            backend: Backend::Iommufd,
-            nodes: Vec::new(),
-            all_nodes: Vec::new(),
-            egm: Vec::new(),
-            numa: BTreeSet::new(),
-            upstream: Vec::new(),
-            ppcie: false,
-            fault: None,
-        }
+        Self::bare(id.into(), "pgpu".parse().unwrap(), bdf, (0x10de, 0x2330))
     }
 }
 
@@ -364,6 +369,9 @@ pub fn units(policy: &Policy, seen: &Observation, before: &[Unit]) -> Vec<Unit> 
         let found = seen.inventory.unclassified.iter().find(|found| found.bdf == unit.bdf)?;
         Some(Unit { fault: Some(Fault::Unobserved(found.to_string())), ..unit.clone() })
     });
+    let unclassified: Vec<Unit> = unclassified.collect();
+    // Another GPU of its group is no unit beside it.
+    units.retain(|unit| unclassified.iter().all(|lost| !lost.functions.contains(&unit.bdf)));
     units.extend(unclassified);
     settle_ids(&mut units);
     units.sort_by(|a, b| (&a.resource, a.order()).cmp(&(&b.resource, b.order())));

@@ -144,6 +144,17 @@ fn sysfs_outweighs_a_stale_dev() {
 }
 
 #[test]
+fn a_group_whose_first_gpu_cannot_be_told_what_it_is_stays_one_unit() {
+    let fake = one_gpu();
+    fake.gpu("0000:42:00.0", 0x2330).group(5).driver("vfio-pci");
+    let before = look(&policy(), &fake, &[]);
+    assert_eq!((before.len(), before[0].functions.len(), code(&before)), (1, 2, ""), "{before:?}");
+    fake.get(GPU).remove_attr("device");
+    let after = look(&policy(), &fake, &before);
+    assert_eq!((after.len(), after[0].bdf, code(&after)), (1, before[0].bdf, "unobserved"), "{after:?}");
+}
+
+#[test]
 fn each_cause_has_its_reason() {
     type Break = fn(&FakeSysfs);
     let cases: &[(&str, &str, Break)] = &[

@@ -11,7 +11,7 @@ use super::Controller;
 use super::look::Sight;
 use crate::checkpoint;
 use crate::health::{self, Remark};
-use crate::units::{Backend, Observation, Unit, units};
+use crate::units::{Observation, Unit, units};
 
 impl Controller {
     /// The units by what a look has found, and by what is remembered of former looks.
@@ -123,19 +123,6 @@ impl Controller {
 /// A unit as far as it must be known to stay listed; all else is found anew.
 fn once_offered(record: &UnitRecord, inventory: &Inventory) -> Option<Unit> {
     let lead = inventory.get(record.bdf).filter(|lead| lead.is_gpu() || lead.is_nvswitch())?;
-    Some(Unit {
-        id: record.id.clone(),
-        resource: record.resource.split_once('/')?.1.parse().ok()?,
-        bdf: record.bdf,
-        ids: (lead.vendor, lead.device),
-        functions: record.functions.clone(),
-        backend: Backend::Legacy,
-        nodes: Vec::new(),
-        all_nodes: Vec::new(),
-        egm: Vec::new(),
-        numa: BTreeSet::new(),
-        upstream: Vec::new(),
-        ppcie: false,
-        fault: None,
-    })
+    let resource = record.resource.split_once('/')?.1.parse().ok()?;
+    Some(Unit::bare(record.id.clone(), resource, record.bdf, (lead.vendor, lead.device)))
 }
