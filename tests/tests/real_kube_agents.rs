@@ -19,15 +19,10 @@ use anyhow::{Context, Result, ensure};
 use gpu_firmware::Mode;
 use lab_kube::api_server::Rule;
 use node_object::annotations;
-use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
-use operator::{Components, OPERATOR, chart};
-use real_kube::{Account, Api, Cluster, IMAGE, MERGE, NODE, PATIENCE, audited, run};
+use node_object::labels::{CC_MODE_STATE, CC_READY_STATE};
+use operator::{Components, OPERATOR, chart, want};
+use real_kube::{Account, Cluster, IMAGE, NODE, PATIENCE, audited, run};
 use serde_json::{Value, json};
-
-async fn want(api: &Api, node: &str, mode: Option<Mode>) -> Result<()> {
-    let labels = json!({"metadata": {"labels": {CC_MODE: mode.map(Mode::as_str)}}});
-    api.patch(&format!("/api/v1/nodes/{node}"), MERGE, &labels).await?.is(200).map(drop)
-}
 
 /// What has been asked since.
 fn since(before: &BTreeMap<String, usize>, now: &BTreeMap<String, usize>) -> BTreeMap<String, usize> {

@@ -22,10 +22,9 @@ use lab_devices::{BootState, DeviceStatus};
 use lab_kube::api_server::Rule;
 use lab_vm::{Command, Guest, Process};
 use nix::sys::signal::Signal;
-use node_object::labels::CC_MODE;
-use operator::{Components, OPERATOR};
-use real_kube::{Account, Cluster, MERGE, NODE, audited, run};
-use serde_json::{Value, json};
+use operator::{Components, OPERATOR, want};
+use real_kube::{Account, Cluster, NODE, audited, run};
+use serde_json::Value;
 
 /// The marker of a driver-manager that has paused a component.
 const PAUSED: &str = "paused-for-driver-upgrade";
@@ -50,7 +49,7 @@ impl Machine {
     async fn changes(&self, cluster: &Cluster, components: &Components, mode: Mode) -> Result<()> {
         let before = components.running().await?;
         let looks = Looks::begin(Arc::clone(&self.0), components.look());
-        want(cluster, Some(mode)).await?;
+        want(&cluster.admin, NODE, Some(mode)).await?;
         components.until_settled(mode).await?;
         let looked = looks.end()?;
         ensure!(looked > 0, "nobody looked while GPUs booted");
@@ -82,12 +81,6 @@ impl Machine {
         })
         .await
     }
-}
-
-/// Asks for a mode by the node's label, or for none.
-async fn want(cluster: &Cluster, mode: Option<Mode>) -> Result<()> {
-    let labels = json!({"metadata": {"labels": {CC_MODE: mode.map(Mode::as_str)}}});
-    cluster.admin.patch(&format!("/api/v1/nodes/{NODE}"), MERGE, &labels).await?.is(200).map(drop)
 }
 
 /// What agents have said.
@@ -171,7 +164,7 @@ fn agents_on_a_real_kernel_pause_what_real_controllers_then_end() -> Result<()> 
         let account = async |name: &str, rules: &[Rule]| cluster.account_named(&namespace, name, rules).await;
         let cc_manager = account("nvidia-cc-manager", &Rule::operator_cc_manager(&namespace)).await?;
         let vfio_manager = account("nvidia-vfio-manager", &Rule::operator_vfio_manager()).await?;
-        want(&cluster, Some(Mode::Off)).await?;
+        want(&cluster.admin, NODE, Some(Mode::Off)).await?;
         let components = Components::on_the_kubelets_node(&cluster, &namespace).await?;
         components.until_running(true).await?;
 
@@ -206,7 +199,7 @@ fn agents_on_a_real_kernel_pause_what_real_controllers_then_end() -> Result<()> 
             asked == [("list nodes", 1), ("patch nodes", 1)].map(|(what, count)| (what.to_owned(), count)).into(),
             "{asked:?}"
         );
-        want(&cluster, None).await?;
+        want(&cluster.admin, NODE, None).await?;
         components.remove().await
     })
 }
@@ -220,7 +213,7 @@ fn the_charts_own_rights_are_enough_for_agents_on_a_real_kernel() -> Result<()> 
     run(async {
         let cluster = Cluster::real().await?;
         let account = operator::charts_account(&cluster).await?;
-        want(&cluster, Some(Mode::Off)).await?;
+        want(&cluster.admin, NODE, Some(Mode::Off)).await?;
         let components = Components::on_the_kubelets_node(&cluster, OPERATOR).await?;
         components.until_running(true).await?;
         let machine = Machine::boot().await?;
@@ -240,7 +233,7 @@ fn the_charts_own_rights_are_enough_for_agents_on_a_real_kernel() -> Result<()> 
         // Before 1.22 a server finds events about nodes invalid; a patch that met another's is computed anew.
         let is_right = |what: &str| !what.contains(", ") || ["create events, 422", "patch nodes, 422"].contains(&what);
         ensure!(asked.keys().all(|what| is_right(what)) && asked.contains_key("list pods"), "{asked:?}");
-        want(&cluster, None).await?;
+        want(&cluster.admin, NODE, None).await?;
         components.remove().await
     })
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::rendered::Rendering;
 use gpu_firmware::Mode;
 use node_object::annotations;
-use node_object::labels::{CC_MODE_STATE, CC_READY_STATE};
+use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -38,6 +38,12 @@ pub(crate) async fn charts_account(cluster: &Cluster) -> Result<Account> {
     }
     ensure!(applied >= 12, "the chart has {applied} accounts, roles and bindings");
     cluster.account_of("ccnode", "ccnode-cc-manager").await
+}
+
+/// Asks for a mode by a node's label, or for none.
+pub(crate) async fn want(api: &Api, node: &str, mode: Option<Mode>) -> Result<()> {
+    let labels = json!({"metadata": {"labels": {CC_MODE: mode.map(Mode::as_str)}}});
+    api.patch(&format!("/api/v1/nodes/{node}"), MERGE, &labels).await?.is(200).map(drop)
 }
 
 /// Label of the node whose components are in a namespace: those of another test are nobody's here.
