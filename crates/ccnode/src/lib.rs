@@ -53,7 +53,9 @@ pub fn start(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args = Args::try_parse_from(words).unwrap_or_else(|error| error.exit());
     let out = io::stdout();
     let colour = out.is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    run(&args, &mut out.lock(), &mut io::stderr(), colour).into()
+    // Standard error itself writes a line piece by piece, and another stream's line may come between.
+    let mut notes = io::LineWriter::new(io::stderr());
+    run(&args, &mut out.lock(), &mut notes, colour).into()
 }
 
 /// Runs one command; its answer goes to `out`, in colour if wanted, warnings and errors go to `notes`. Returns the exit code.
