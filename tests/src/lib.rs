@@ -34,12 +34,17 @@ pub const PGPU: &str = "nvidia.com/pgpu";
 
 /// Whether scenarios run here; says why not.
 pub fn lab_is_here() -> Result<bool> {
+    lab_has(&Wanted::everything())
+}
+
+/// The same where not all of it is needed.
+pub fn lab_has(wanted: &Wanted) -> Result<bool> {
     let setting = env::var("CCNODE_LAB").unwrap_or_default();
     if setting == "off" {
         eprintln!("skipped: CCNODE_LAB=off");
         return Ok(false);
     }
-    let here = Artifacts::present(&Cache::from_env()?, &Wanted::everything()).is_some();
+    let here = Artifacts::present(&Cache::from_env()?, wanted).is_some();
     match (here, setting.as_str()) {
         (true, _) => Ok(true),
         (false, "require") => bail!("Kernel and QEMU of the lab are not prepared; run: cargo lab prepare"),

@@ -15,16 +15,19 @@ use std::time::Duration;
 
 use agent::Look;
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, is_in, is_untroubled, lab_is_here};
+use e2e::{CHANGE, is_in, is_untroubled, lab_has};
 use gpu_firmware::Mode;
 use lab::Boot;
 use lab_devices::{BootState, DeviceStatus};
 use lab_kube::api_server::Rule;
-use lab_vm::{Command, Guest, Process};
+use lab_vm::{Command, Guest, Kernel, Process, Wanted};
 use nix::sys::signal::Signal;
 use operator::{Components, OPERATOR, want};
 use real_kube::{Account, Cluster, NODE, audited, run};
 use serde_json::Value;
+
+/// Debian's: where nothing but these tests is wanted, none has to be built.
+const KERNEL: Kernel = Kernel::Stock;
 
 /// The marker of a driver-manager that has paused a component.
 const PAUSED: &str = "paused-for-driver-upgrade";
@@ -35,7 +38,8 @@ struct Machine(Arc<Guest>);
 impl Machine {
     /// Boots in the cluster's network: QEMU shows the guest its host's loopback as 10.0.2.2, and the server's certificate has that.
     async fn boot() -> Result<Self> {
-        let guest = tokio::task::spawn_blocking(|| Boot::new("h100x2")?.guest()).await??;
+        let boot = || Boot { kernel: Some(KERNEL), ..Boot::new("h100x2")? }.guest();
+        let guest = tokio::task::spawn_blocking(boot).await??;
         Ok(Self(Arc::new(guest)))
     }
 
@@ -155,7 +159,7 @@ impl Looks {
 #[test]
 #[ignore = "needs a real kubelet and the lab: hack/test --real-kube"]
 fn agents_on_a_real_kernel_pause_what_real_controllers_then_end() -> Result<()> {
-    if !lab_is_here()? {
+    if !lab_has(&Wanted::kernel(KERNEL))? {
         return Ok(());
     }
     run(async {
@@ -207,7 +211,7 @@ fn agents_on_a_real_kernel_pause_what_real_controllers_then_end() -> Result<()> 
 #[test]
 #[ignore = "needs a real kubelet and the lab: hack/test --real-kube"]
 fn the_charts_own_rights_are_enough_for_agents_on_a_real_kernel() -> Result<()> {
-    if !lab_is_here()? {
+    if !lab_has(&Wanted::kernel(KERNEL))? {
         return Ok(());
     }
     run(async {

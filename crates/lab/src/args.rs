@@ -32,7 +32,11 @@ enum Command {
     /// Boot a guest, run one command in it as root, and exit with its exit code (124: out of time, 125: the lab failed).
     Run(Run),
     /// Fetch and build what guests need (kernels, QEMU), once; later runs find it in the cache.
-    Prepare,
+    Prepare {
+        /// Only what guests of this kernel need: iommufd, no-group or stock, which alone need not be built.
+        #[arg(long, value_parser = kernel)]
+        kernel: Option<Kernel>,
+    },
     /// The road, end to end: the node label `on` becomes a pod's confidential GPU.
     Demo(Demo),
     /// Make something wrong with a device of a running guest, at once.
@@ -120,8 +124,9 @@ impl Cli {
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
         match self.command {
             Command::Run(run) => run.run(),
-            Command::Prepare => {
-                Artifacts::ensure(&Cache::from_env()?, &Wanted::everything())?;
+            Command::Prepare { kernel } => {
+                let wanted = kernel.map_or_else(Wanted::everything, Wanted::kernel);
+                Artifacts::ensure(&Cache::from_env()?, &wanted)?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Fault(FaultArgs { control, device, fault, args }) => {
