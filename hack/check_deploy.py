@@ -78,6 +78,19 @@ SWITCHES = {
     "global.imagePullSecrets": ["one", "two"],
     "tolerations": [],
     "priorityClassName": "",
+    "podLabels": {"team": "platform"},
+    "podAnnotations": {"example.org/owner": "platform"},
+    "nodes.selector": {"topology.kubernetes.io/zone": "a"},
+    "hostPaths.kubelet": "/var/lib/k0s/kubelet",
+    "logs.format": "text",
+    "ccManager.defaultMode": "ppcie",
+    "ccManager.teeMissing": "hold",
+    "ccManager.image.digest": "sha256:" + 64 * "a",
+    "ccManager.extraEnv": [{"name": "RUST_BACKTRACE", "value": "1"}],
+    "selinux.vfioManager": "",
+    "policies.modeUsers": ["alice"],
+    "prometheus.podMonitor.operator": {"enabled": True},
+    "runtimeClasses.countKeys": True,
 }
 
 # Values that are refused, and what is said then.

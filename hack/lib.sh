@@ -110,6 +110,9 @@ ensure_nextest() {
 }
 
 PARTS=()
+# Where cargo puts the programs: the target is named in .cargo/config.toml.
+programs_folder() { printf '%s/%s/debug' "$(realpath "${CARGO_TARGET_DIR:-target}")" "$(rustc -vV | sed -n 's/^host: //p')"; }
+
 # part NAME COMMAND...: runs it, prints how long it took, and keeps that for parts_table.
 part() {
   local name=$1 start=$SECONDS

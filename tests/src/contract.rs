@@ -27,6 +27,53 @@ pub fn golden(text: &str) -> Result<Facts> {
     Ok(facts)
 }
 
+/// A container of a DaemonSet, as its facts tell.
+#[derive(Debug, Default)]
+pub struct Container {
+    /// `command` and `args`; nothing where the image's entry point runs.
+    pub command: Vec<String>,
+    /// See [`Self::command`].
+    pub args: Vec<String>,
+    /// Names and values.
+    pub env: Vec<(String, Value)>,
+    /// Names, and the fields of the pod that are the values.
+    pub env_of_fields: Vec<(String, String)>,
+    /// Path on the host, path in the container, and whether it is mounted read-only.
+    pub mounts: Vec<(String, String, bool)>,
+    /// The hook before its end.
+    pub pre_stop: Vec<String>,
+}
+
+/// What facts tell of a container, which is named by its kind (`container` or `init`) and its name.
+pub fn container(facts: &Facts, file: &str, name: &str) -> Result<Container> {
+    let mut container = Container::default();
+    let prefix = format!("{name} ");
+    let of_file = facts.get(file).with_context(|| format!("no facts of {file}"))?;
+    let own: Vec<&str> = of_file.iter().filter_map(|fact| fact.strip_prefix(&prefix)).collect();
+    ensure!(!own.is_empty(), "{file} has no {name}");
+    for fact in own {
+        let (key, value) = fact.split_once(": ").with_context(|| format!("no value: {fact}"))?;
+        let told = || serde_json::from_str(value).with_context(|| fact.to_owned());
+        match key.split_once(' ') {
+            None if key == "command" => container.command = told()?,
+            None if key == "args" => container.args = told()?,
+            None if key == "preStop" => container.pre_stop = told()?,
+            Some(("env", variable)) => match value.strip_prefix("field ") {
+                Some(field) => container.env_of_fields.push((variable.to_owned(), field.to_owned())),
+                None => container.env.push((variable.to_owned(), serde_json::from_str(value)?)),
+            },
+            Some(("mount", place)) => {
+                let host = value.strip_prefix("host ").with_context(|| format!("nothing of the host's: {fact}"))?;
+                let path = host.split([' ', ',']).next().unwrap_or_default();
+                container.mounts.push((path.to_owned(), place.to_owned(), host.contains(", read-only")));
+            }
+            // What else a runtime makes of it.
+            _ => {}
+        }
+    }
+    Ok(container)
+}
+
 /// Facts of an older release: those of a newer one, and what is told to be otherwise, as facts with `- ` and `+ ` before them.
 pub fn changed(mut facts: Facts, changes: &str) -> Result<Facts> {
     for (file, changes) in golden(changes)? {
@@ -43,7 +90,11 @@ pub fn changed(mut facts: Facts, changes: &str) -> Result<Facts> {
     Ok(facts)
 }
 
-/// The facts of those files of a checkout that `golden` has.
+/// Kinds that run nothing and allow nothing by themselves: what they name is told by the others.
+const KINDS_BESIDE: [&str; 5] =
+    ["ServiceAccount", "RoleBinding", "ClusterRoleBinding", "SecurityContextConstraints", "RuntimeClass"];
+
+/// The facts of those files of a checkout that `golden` has, and of those beside them that run or allow something.
 pub fn of_checkout(checkout: &Path, golden: &Facts) -> Result<Facts> {
     ensure!(
         checkout.join("assets").is_dir(),
@@ -56,6 +107,26 @@ pub fn of_checkout(checkout: &Path, golden: &Facts) -> Result<Facts> {
         let Ok(text) = fs::read_to_string(checkout.join(name)) else { continue };
         let object = serde_saphyr::from_str(&text).with_context(|| format!("{name} cannot be understood"))?;
         facts.insert(name.clone(), of_object(&object).with_context(|| name.clone())?);
+    }
+    let folders: BTreeSet<&str> = golden.keys().filter_map(|name| Some(name.rsplit_once('/')?.0)).collect();
+    for folder in folders {
+        // Gone with all its files, which is told of each.
+        let Ok(entries) = fs::read_dir(checkout.join(folder)) else { continue };
+        for entry in entries {
+            let name = format!("{folder}/{}", entry?.file_name().to_string_lossy());
+            if facts.contains_key(&name) {
+                continue;
+            }
+            let text = fs::read_to_string(checkout.join(&name)).with_context(|| format!("{name} cannot be read"))?;
+            let object: Value =
+                serde_saphyr::from_str(&text).with_context(|| format!("{name} cannot be understood"))?;
+            let kind = object["kind"].as_str().unwrap_or_default();
+            if KINDS_BESIDE.contains(&kind) {
+                continue;
+            }
+            let of_file = of_object(&object).unwrap_or_default();
+            facts.insert(name, of_file.into_iter().chain([format!("an object of kind {kind}")]).collect());
+        }
     }
     Ok(facts)
 }
@@ -121,7 +192,13 @@ pub fn keys(values: &Value) -> BTreeSet<String> {
 pub fn unknown_keys(checkout: &Path, values: &Value) -> Result<Vec<String>> {
     let template = checkout.join("deployments/gpu-operator/templates/clusterpolicy.yaml");
     let text = fs::read_to_string(&template).with_context(|| format!("{} cannot be read", template.display()))?;
-    Ok(keys(values).into_iter().filter(|key| !text.contains(&format!(".Values.{key}"))).collect())
+    // Whole names: of a key that begins as another does, or that has others below it, nothing is known.
+    let is_of_a_name = |next: char| next.is_ascii_alphanumeric() || "._-".contains(next);
+    let is_looked_at = |key: &String| {
+        let wanted = format!(".Values.{key}");
+        text.match_indices(&wanted).any(|(at, _)| !text[at + wanted.len()..].starts_with(is_of_a_name))
+    };
+    Ok(keys(values).into_iter().filter(|key| !is_looked_at(key)).collect())
 }
 
 /// What is in one and not in the other, with the files; empty where they agree.
@@ -138,6 +215,10 @@ pub fn differences(golden: &Facts, found: &Facts) -> String {
         if !lines.is_empty() {
             text.extend([file.as_str(), "\n", lines.as_str()]);
         }
+    }
+    for (file, facts) in found.iter().filter(|(file, _)| !golden.contains_key(*file)) {
+        text.extend([file.as_str(), "\n"]);
+        text.extend(facts.iter().flat_map(|fact| ["  + ", fact.as_str(), "\n"]));
     }
     text
 }
@@ -190,11 +271,16 @@ fn of_daemon_set(set: &Value) -> BTreeSet<String> {
         ("service account", &pod["serviceAccountName"]),
         ("host network", &pod["hostNetwork"]),
         ("host PIDs", &pod["hostPID"]),
+        ("priority class", &pod["priorityClassName"]),
     ] {
         if !value.is_null() {
             facts.insert(format!("{words}: {value}"));
         }
     }
+    for toleration in list(&pod["tolerations"]) {
+        facts.insert(format!("toleration: {toleration}"));
+    }
+    facts.extend(others(pod, &POD_FIELDS, ""));
     let volumes: BTreeMap<&str, &Value> =
         list(&pod["volumes"]).filter_map(|volume| Some((volume["name"].as_str()?, volume))).collect();
     for (kind, containers) in [("init", &pod["initContainers"]), ("container", &pod["containers"])] {
@@ -204,6 +290,42 @@ fn of_daemon_set(set: &Value) -> BTreeSet<String> {
         }
     }
     facts
+}
+
+/// The fields of a pod and of a container that have facts of their own, or say nothing of what runs.
+const POD_FIELDS: [&str; 10] = [
+    "containers",
+    "hostNetwork",
+    "hostPID",
+    "initContainers",
+    "nodeSelector",
+    "priorityClassName",
+    "serviceAccountName",
+    "terminationGracePeriodSeconds",
+    "tolerations",
+    "volumes",
+];
+const CONTAINER_FIELDS: [&str; 13] = [
+    "args",
+    "command",
+    "env",
+    "image",
+    "imagePullPolicy",
+    "lifecycle",
+    "livenessProbe",
+    "name",
+    "readinessProbe",
+    "resources",
+    "securityContext",
+    "startupProbe",
+    "volumeMounts",
+];
+const CONFINEMENT_FIELDS: [&str; 4] = ["privileged", "readOnlyRootFilesystem", "runAsUser", "seLinuxOptions"];
+
+/// Facts of all other fields, by their names: what nobody has thought of yet.
+fn others(object: &Value, known: &[&str], of: &str) -> Vec<String> {
+    let new = entries(object).filter(|(name, _)| !known.contains(&name.as_str()));
+    new.map(|(name, value)| format!("{of}{name}: {value}")).collect()
 }
 
 fn of_container(container: &Value, volumes: &BTreeMap<&str, &Value>) -> Vec<String> {
@@ -217,6 +339,7 @@ fn of_container(container: &Value, volumes: &BTreeMap<&str, &Value>) -> Vec<Stri
         ("privileged", &container["securityContext"]["privileged"]),
         ("user", &container["securityContext"]["runAsUser"]),
         ("read-only root", &container["securityContext"]["readOnlyRootFilesystem"]),
+        ("SELinux", &container["securityContext"]["seLinuxOptions"]),
         ("memory limit", &container["resources"]["limits"]["memory"]),
         ("startup probe", &container["startupProbe"]),
         ("liveness probe", &container["livenessProbe"]),
@@ -226,6 +349,10 @@ fn of_container(container: &Value, volumes: &BTreeMap<&str, &Value>) -> Vec<Stri
             facts.push(format!("{words}: {value}"));
         }
     }
+    facts.extend(others(container, &CONTAINER_FIELDS, ""));
+    facts.extend(others(&container["securityContext"], &CONFINEMENT_FIELDS, "securityContext."));
+    facts.extend(others(&container["lifecycle"], &["preStop"], "lifecycle."));
+    facts.extend(others(&container["lifecycle"]["preStop"], &["exec"], "lifecycle.preStop."));
     for variable in list(&container["env"]) {
         let name = variable["name"].as_str().unwrap_or_default();
         let field = &variable["valueFrom"]["fieldRef"]["fieldPath"];

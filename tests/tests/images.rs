@@ -1,5 +1,5 @@
-//! The images in the places of NVIDIA's: what the GPU Operator's pods run (operator-contract sections 5.1, 6.1, 7.1 and 9), from the
-//! images' root file systems, in containers of the lab's guest.
+//! The images in the places of NVIDIA's: what the GPU Operator's pods run, by the facts that its releases are compared with
+//! (`deploy/gpu-operator`) and our values for it, from the images' root file systems, in containers of the lab's guest.
 //!
 //! `hack/test-images` builds the images and runs these, with `CCNODE_IMAGES` naming the folder of their root file systems.
 
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use e2e::contract::{self, Facts, changed, golden};
 use e2e::{CHANGE, PGPU, STEP, await_that, bound_to_vfio, gpu_bdfs, lab_is_here, registers_say, the_cdi_file_is};
 use lab::node::{CC_MODE, NAMESPACE, NODE};
 use lab::{Boot, Node};
@@ -56,16 +57,82 @@ impl Image {
     }
 }
 
-/// A container as a pod of the operator has it.
+/// A container of a pod.
 struct Container<'a> {
     name: &'a str,
     image: &'a Image,
     /// `command` and `args` of the pod; the image's entry point where there are none.
-    argv: &'a [&'a str],
-    env: &'a [(&'a str, &'a str)],
+    argv: Vec<String>,
+    env: Vec<(String, String)>,
     /// Host path, place, access.
-    mounts: &'a [(&'a str, &'a str, Access)],
+    mounts: Vec<(String, String, Access)>,
     read_only_root: bool,
+}
+
+/// The operator's facts, of v26.7 and of v26.3.
+fn facts() -> Result<[Facts; 2]> {
+    let later = golden(include_str!("../../deploy/gpu-operator/contract-v26.7.txt"))?;
+    let older = changed(later.clone(), include_str!("../../deploy/gpu-operator/contract-v26.3.txt"))?;
+    Ok([later, older])
+}
+
+/// The folders of the operator's assets, and the containers in them.
+const CC_MANAGER: [&str; 2] = ["cc-manager", "container nvidia-cc-manager"];
+const VFIO_MANAGER: [&str; 2] = ["vfio-manager", "container nvidia-vfio-manager"];
+const DRIVER_MANAGER: [&str; 2] = ["vfio-manager", "init k8s-driver-manager"];
+const PLUGIN: [&str; 2] = ["kata-device-plugin", "container nvidia-kata-sandbox-device-plugin-ctr"];
+
+/// What facts tell of a container of the operator's.
+fn told(facts: &Facts, [folder, name]: [&str; 2]) -> Result<contract::Container> {
+    contract::container(facts, &format!("assets/state-{folder}/0500_daemonset.yaml"), name)
+}
+
+/// What the operator makes of a part of our values file.
+fn values(part: &str) -> Result<Value> {
+    let values: Value = serde_saphyr::from_str(include_str!("../../deploy/gpu-operator/values.yaml"))?;
+    Ok(values[part].clone())
+}
+
+impl<'a> Container<'a> {
+    /// As the operator runs it with this image, by its facts.
+    fn of_operator(facts: &Facts, container: [&'a str; 2], image: &'a Image) -> Result<Self> {
+        let contract::Container { command, args, env, env_of_fields, mounts, .. } = told(facts, container)?;
+        let account = facts[&format!("assets/state-{}/0500_daemonset.yaml", container[0])]
+            .iter()
+            .find_map(|fact| fact.strip_prefix("service account: "))
+            .context("no service account")?;
+        let text = |value: Value| value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+        let mut env: Vec<(String, String)> = env.into_iter().map(|(name, value)| (name, text(value))).collect();
+        for (name, field) in env_of_fields {
+            let value = match field.as_str() {
+                "spec.nodeName" => NODE,
+                "metadata.namespace" => NAMESPACE,
+                "spec.serviceAccountName" => account.trim_matches('"'),
+                _ => anyhow::bail!("{name} is of field {field}"),
+            };
+            env.push((name, value.to_owned()));
+        }
+        let mounts = mounts
+            .into_iter()
+            .map(|(host, place, is_read_only)| (host, place, if is_read_only { ReadOnly } else { ReadWrite }));
+        // Every pod has its token.
+        let token = (TOKEN.to_owned(), TOKEN.to_owned(), ReadOnly);
+        Ok(Self {
+            name: container[1].rsplit(' ').next().unwrap_or_default(),
+            image,
+            argv: [command, args].concat(),
+            env,
+            mounts: mounts.chain([token]).collect(),
+            read_only_root: false,
+        })
+    }
+
+    /// The same with another value of a variable.
+    fn with(mut self, name: &str, value: &str) -> Self {
+        self.env.retain(|(own, _)| own != name);
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
 }
 
 impl Container<'_> {
@@ -80,7 +147,7 @@ impl Container<'_> {
              (cd /dev && find . -type d ! -name . | (cd {root}/dev && xargs mkdir -p) && find . -type c | while read -r node; do \
              cp -a $node {root}/dev/$node; done)\n"
         );
-        for (host, place, access) in *mounts {
+        for (host, place, access) in mounts {
             writeln!(script, "mkdir -p {host} {root}{place}\nmount --rbind {host} {root}{place}")?;
             if *access == ReadOnly {
                 writeln!(script, "mount -o remount,ro,bind {root}{place}")?;
@@ -94,8 +161,7 @@ impl Container<'_> {
         }
         let entry = if argv.is_empty() { image.words("Entrypoint") } else { Vec::new() };
         ensure!(!entry.is_empty() || !argv.is_empty(), "nothing to run");
-        let words = entry.iter().map(String::as_str).chain(argv.iter().copied());
-        let quoted: Vec<String> = words.map(|word| format!("'{word}'")).collect();
+        let quoted: Vec<String> = entry.iter().chain(argv).map(|word| format!("'{word}'")).collect();
         writeln!(script, "exec chroot {root} {}", quoted.join(" "))?;
         Ok(script)
     }
@@ -109,8 +175,9 @@ impl Container<'_> {
         let path = self.path();
         node.guest.put_file(self.script()?.as_bytes(), &path, 0o755)?;
         // Nothing of the guest's own for a test's sake.
-        let common = [("NVIDIA_VISIBLE_DEVICES", "void"), ("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RESYNC", "10s")];
-        node.start_agent(&[&path], &[&common, self.env].concat())?;
+        let common = [("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RESYNC", "10s")];
+        let own = self.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        node.start_agent(&[&path], &common.into_iter().chain(own).collect::<Vec<_>>())?;
         Ok(path)
     }
 
@@ -130,13 +197,13 @@ fn first_process(node: &Node, path: &str) -> Result<i32> {
     Ok(pid.parse()?)
 }
 
-/// A preStop hook: runs in the container, with its environment.
-fn hook(node: &Node, path: &str, argv: &[&str], env: &str) -> Result<Output> {
+/// A preStop hook, or another command: runs in the container, with this of its environment.
+fn hook<W: AsRef<str>>(node: &Node, path: &str, argv: &[W], env: &str) -> Result<Output> {
     let target = first_process(node, path)?.to_string();
     let mut words = vec!["env"];
     words.extend(env.split_whitespace());
     words.extend(["nsenter", "-m", "-p", "-r", "-t", &target]);
-    words.extend(argv);
+    words.extend(argv.iter().map(AsRef::as_ref));
     Ok(node.guest.run(&words, CHANGE)?)
 }
 
@@ -173,20 +240,6 @@ fn node(topology: &str, images: &[&Image], labels: &[(&str, &str)]) -> Result<No
     boot.memory_mib = Some(1024);
     Node::start(boot, labels)
 }
-
-const HOST_ROOT: (&str, &str) = ("HOST_ROOT", "/host");
-
-/// Mounts of vfio-manager's main container.
-const OF_VFIO: &[(&str, &str, Access)] =
-    &[("/sys", "/sys", ReadWrite), ("/lib/modules", "/lib/modules", ReadOnly), ("/", "/host", ReadWrite)];
-
-/// Mounts of its init container, and the token that every pod has.
-const OF_DRIVER_MANAGER: &[(&str, &str, Access)] = &[
-    ("/run/nvidia", "/run/nvidia", ReadWrite),
-    ("/", "/host", ReadOnly),
-    ("/sys", "/sys", ReadWrite),
-    (TOKEN, TOKEN, ReadOnly),
-];
 
 const DEPLOY_VFIO: &str = "nvidia.com/gpu.deploy.vfio-manager";
 const DEPLOY_PLUGIN: &str = "nvidia.com/gpu.deploy.kata-sandbox-device-plugin";
@@ -230,7 +283,9 @@ fn images_are_small_and_tell_nothing_of_the_machine_that_built_them() -> Result<
             assert_eq!(image.words("Entrypoint"), [format!("/usr/bin/{agent}")], "{name}");
             assert_eq!(image.config["User"], "0:0", "{name}");
             let labels = &image.config["Labels"];
-            for (label, value) in [("version", env!("CARGO_PKG_VERSION")), ("licenses", "Apache-2.0")] {
+            let has_busybox = agent == "vfio-manager" && flavour.is_empty();
+            let licences = if has_busybox { "Apache-2.0 AND GPL-2.0-only" } else { "Apache-2.0" };
+            for (label, value) in [("version", env!("CARGO_PKG_VERSION")), ("licenses", licences)] {
                 assert_eq!(labels[format!("org.opencontainers.image.{label}")], value, "{name}");
             }
             for label in ["title", "description", "revision", "created"] {
@@ -244,8 +299,11 @@ fn images_are_small_and_tell_nothing_of_the_machine_that_built_them() -> Result<
 
 /// A document of the image, unpacked.
 fn document(image: &Image, name: &str) -> Result<Vec<u8>> {
-    let path = image.host.join("usr/share/doc/ccnode").join(name);
-    let output = std::process::Command::new("gzip").args(["-dc"]).arg(&path).output()?;
+    unpacked(&image.host.join("usr/share/doc/ccnode").join(name))
+}
+
+fn unpacked(path: &Path) -> Result<Vec<u8>> {
+    let output = std::process::Command::new("gzip").args(["-dc"]).arg(path).output()?;
     ensure!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
     Ok(output.stdout)
 }
@@ -280,6 +338,34 @@ fn images_carry_the_list_of_their_crates_and_the_licences() -> Result<()> {
     Ok(())
 }
 
+/// The operator's command lines need a shell, which is others' work, under another licence than ours.
+#[test]
+#[ignore = "needs the built images: hack/test-images runs it"]
+fn an_image_with_busybox_carries_its_licence_and_tells_its_version() -> Result<()> {
+    for (agent, _) in SIZES {
+        for flavour in ["", "-shell-free"] {
+            let image = image(agent, flavour)?;
+            let (program, about) = (image.host.join("bin/busybox"), image.host.join("usr/share/doc/busybox"));
+            assert_eq!(program.exists(), agent == "vfio-manager" && flavour.is_empty(), "{agent}{flavour}");
+            assert_eq!(about.exists(), program.exists(), "{agent}{flavour}");
+            if !program.exists() {
+                continue;
+            }
+            let licence = String::from_utf8(unpacked(&about.join("LICENSE.gz"))?)?;
+            ensure!(licence.contains("GNU GENERAL PUBLIC LICENSE") && licence.contains("Version 2, June 1991"));
+            let list: Value = serde_json::from_slice(&unpacked(&about.join("busybox.cdx.json.gz"))?)?;
+            let [component] = &list["components"].as_array().context("no components")?[..] else {
+                anyhow::bail!("{list:#}")
+            };
+            assert_eq!(component["licenses"][0]["license"]["id"], "GPL-2.0-only", "{component:#}");
+            let version = component["version"].as_str().context("no version")?;
+            // Debian's, of which the base image is made here, is another one than the default's name says.
+            ensure!(version.starts_with("1."), "{version}");
+        }
+    }
+    Ok(())
+}
+
 /// The kinds of an ELF program's segments.
 fn segments(program: &[u8]) -> Result<Vec<u32>> {
     let number = |at: usize, bytes: usize| -> Result<usize> {
@@ -304,32 +390,15 @@ fn the_operators_pods_run_from_the_images() -> Result<()> {
     let mut node = node("h100x2", &[&cc, &vfio, &plugin], &labels)?;
     node.start_kubelet()?;
 
-    let driver_manager = Container {
-        name: "k8s-driver-manager",
-        image: &vfio,
-        argv: &["driver-manager", "uninstall_driver"],
-        env: &[("ENABLE_GPU_POD_EVICTION", "false"), ("ENABLE_AUTO_DRAIN", "false"), ("OPERATOR_NAMESPACE", NAMESPACE)],
-        mounts: OF_DRIVER_MANAGER,
-        read_only_root: false,
-    };
+    let [facts, _] = facts()?;
+    let driver_manager = Container::of_operator(&facts, DRIVER_MANAGER, &vfio)?;
     assert_eq!(driver_manager.run(&mut node)?, 0, "{}", node.logs());
-    let of_vfio = Container {
-        name: "nvidia-vfio-manager",
-        image: &vfio,
-        argv: &["/bin/sh", "-c", "exec vfio-manager run"],
-        env: &[HOST_ROOT],
-        mounts: OF_VFIO,
-        read_only_root: false,
-    };
+    let mut of_vfio = Container::of_operator(&facts, VFIO_MANAGER, &vfio)?;
+    let args: Vec<String> = serde_json::from_value(values("vfioManager")?["args"].take())?;
+    of_vfio.argv = [told(&facts, VFIO_MANAGER)?.command, args].concat();
     let of_vfio_path = of_vfio.start(&mut node)?;
-    let of_cc = Container {
-        name: "nvidia-cc-manager",
-        image: &cc,
-        argv: &[],
-        env: &[("DEFAULT_CC_MODE", "on")],
-        mounts: &[("/sys", "/sys", ReadWrite), ("/run/nvidia", "/run/nvidia", ReadWrite), (TOKEN, TOKEN, ReadOnly)],
-        read_only_root: false,
-    };
+    // What the operator adds where the values have a default mode, as its own have.
+    let of_cc = Container::of_operator(&facts, CC_MANAGER, &cc)?.with("DEFAULT_CC_MODE", "on");
     let of_cc_path = of_cc.start(&mut node)?;
     node.await_state("on", "true", CHANGE).with_context(|| node.logs())?;
     registers_say(&node, "on")?;
@@ -337,19 +406,9 @@ fn the_operators_pods_run_from_the_images() -> Result<()> {
     bound_to_vfio(&node)?;
     the_validator_is_content(&node)?;
 
-    let of_plugin = Container {
-        name: "nvidia-kata-sandbox-device-plugin-ctr",
-        image: &plugin,
-        argv: &[],
-        env: &[("POD_NAMESPACE", NAMESPACE), ("POD_SERVICE_ACCOUNT", "nvidia-kata-sandbox-device-plugin")],
-        // The host's sysfs is a privileged container's own.
-        mounts: &[
-            ("/sys", "/sys", ReadWrite),
-            ("/var/lib/kubelet/device-plugins", "/var/lib/kubelet/device-plugins", ReadWrite),
-            ("/var/run/cdi", "/var/run/cdi", ReadWrite),
-        ],
-        read_only_root: false,
-    };
+    let mut of_plugin = Container::of_operator(&facts, PLUGIN, &plugin)?;
+    // The host's sysfs is a privileged container's own.
+    of_plugin.mounts.push(("/sys".to_owned(), "/sys".to_owned(), ReadWrite));
     let of_plugin_path = of_plugin.start(&mut node)?;
     let count = node.gpus().len();
     node.await_allocatable(PGPU, count, CHANGE).with_context(|| node.logs())?;
@@ -389,11 +448,11 @@ fn the_operators_pods_run_from_the_images() -> Result<()> {
 
     // Hooks, then signals, in an order of the kubelet's choice.
     for _ in 0..2 {
-        let output = hook(&node, &of_cc_path, &["/bin/rm", "-f", CC_READY], "")?;
+        let output = hook(&node, &of_cc_path, &told(&facts, CC_MANAGER)?.pre_stop, "")?;
         ensure!(output.success(), "{}", output.error_text());
         ensure!(node.guest.get_file(CC_READY).is_err(), "the readiness file is still there");
     }
-    let output = hook(&node, &of_vfio_path, &["/bin/sh", "-c", "vfio-manage unbind --all"], "HOST_ROOT=/host")?;
+    let output = hook(&node, &of_vfio_path, &told(&facts, VFIO_MANAGER)?.pre_stop, "HOST_ROOT=/host")?;
     ensure!(output.success() && output.text().contains("left as they are"), "{}{}", output.text(), output.error_text());
     for path in [&of_cc_path, &of_vfio_path, &of_plugin_path] {
         ends_when_asked(&node, path)?;
@@ -411,25 +470,19 @@ fn the_operators_own_command_lines_of_vfio_manager_do_what_they_say() -> Result<
     }
     let vfio = image("vfio-manager", "")?;
     let mut node = node("h100x2", &[&vfio], &[])?;
-    let of_vfio = Container {
-        name: "nvidia-vfio-manager",
-        image: &vfio,
-        argv: &["/bin/sh", "-c", "vfio-manage bind --all && while true; do sleep 86400; done"],
-        // As the operator sets it where the host's root is another folder: it does not exist in the container.
-        env: &[("HOST_ROOT", "/custom/root")],
-        mounts: OF_VFIO,
-        read_only_root: false,
-    };
+    let [later, older] = facts()?;
+    // As the operator sets it where the host's root is another folder: it does not exist in the container.
+    let of_vfio = Container::of_operator(&later, VFIO_MANAGER, &vfio)?.with("HOST_ROOT", "/custom/root");
     let path = of_vfio.start(&mut node)?;
     await_that("bound", &node, || Ok(bound_to_vfio(&node).is_ok()))?;
     std::thread::sleep(Duration::from_secs(1));
     ensure!(node.agent(&path)?.is_running(), "{}", node.logs());
     // v26.3's hook is one word with blanks in it, which no image can have as a program: nothing is unbound.
-    let broken = hook(&node, &path, &["vfio-manage unbind --all"], "HOST_ROOT=/custom/root")?;
+    let broken = hook(&node, &path, &told(&older, VFIO_MANAGER)?.pre_stop, "HOST_ROOT=/custom/root")?;
     ensure!(!broken.success(), "{}", broken.text());
     bound_to_vfio(&node)?;
     let begun = Instant::now();
-    let output = hook(&node, &path, &["/bin/sh", "-c", "vfio-manage unbind --all"], "HOST_ROOT=/custom/root")?;
+    let output = hook(&node, &path, &told(&later, VFIO_MANAGER)?.pre_stop, "HOST_ROOT=/custom/root")?;
     ensure!(output.success() && output.text().contains("Given back: 2"), "{}{}", output.text(), output.error_text());
     ensure!(begun.elapsed() < Duration::from_secs(25), "the hook took {:?}", begun.elapsed());
     Ok(())
@@ -452,42 +505,48 @@ fn the_shell_free_images_run_on_a_read_only_root() -> Result<()> {
     }
     let mut node = node("h100x2", &[&cc, &vfio, &plugin], &[(CC_MODE, "on")])?;
     node.start_kubelet()?;
-    let state = ("/run/nvidia/ccnode", "/run/nvidia/ccnode", ReadWrite);
-    let of_vfio = Container {
-        name: "vfio-manager",
-        image: &vfio,
-        argv: &["vfio-manager", "run"],
-        env: &[("VFIO_MANAGER_LOCK", "/tmp/vfio-manager.lock"), HOST_ROOT],
-        mounts: &[
+    let on_read_only_root = |name, image, argv: &[&str], env: &[(&str, &str)], mounts: &[(&str, &str, Access)]| {
+        let state = ("/run/nvidia/ccnode", "/run/nvidia/ccnode", ReadWrite);
+        let mounts = mounts.iter().chain([&state]);
+        Container {
+            name,
+            image,
+            argv: argv.iter().map(ToString::to_string).collect(),
+            env: env.iter().map(|(name, value)| (ToString::to_string(name), ToString::to_string(value))).collect(),
+            mounts: mounts.map(|(host, place, access)| (host.to_string(), place.to_string(), *access)).collect(),
+            read_only_root: true,
+        }
+    };
+    let of_vfio = on_read_only_root(
+        "vfio-manager",
+        &vfio,
+        &["vfio-manager", "run"],
+        &[("VFIO_MANAGER_LOCK", "/tmp/vfio-manager.lock"), ("HOST_ROOT", "/host")],
+        &[
             ("/sys", "/sys", ReadWrite),
-            state,
             ("/run/lab-tmp", "/tmp", ReadWrite),
             ("/lib/modules", "/lib/modules", ReadOnly),
             ("/", "/host", ReadOnly),
         ],
-        read_only_root: true,
-    };
-    let of_cc = Container {
-        name: "cc-manager",
-        image: &cc,
-        argv: &["cc-manager"],
-        env: &[("CC_READINESS_FILE", ""), ("EVICT_OPERATOR_COMPONENTS", "false")],
-        mounts: &[("/sys", "/sys", ReadWrite), state, (TOKEN, TOKEN, ReadOnly)],
-        read_only_root: true,
-    };
-    let of_plugin = Container {
-        name: "device-plugin",
-        image: &plugin,
-        argv: &["device-plugin", "--cc-gate=require"],
-        env: &[],
-        mounts: &[
+    );
+    let of_cc = on_read_only_root(
+        "cc-manager",
+        &cc,
+        &["cc-manager"],
+        &[("CC_READINESS_FILE", ""), ("EVICT_OPERATOR_COMPONENTS", "false")],
+        &[("/sys", "/sys", ReadWrite), (TOKEN, TOKEN, ReadOnly)],
+    );
+    let of_plugin = on_read_only_root(
+        "device-plugin",
+        &plugin,
+        &["device-plugin", "--cc-gate=require"],
+        &[],
+        &[
             ("/sys", "/sys", ReadOnly),
-            state,
             ("/var/lib/kubelet/device-plugins", "/var/lib/kubelet/device-plugins", ReadWrite),
             ("/var/run/cdi", "/var/run/cdi", ReadWrite),
         ],
-        read_only_root: true,
-    };
+    );
     let mut paths = Vec::new();
     for container in [&of_vfio, &of_cc, &of_plugin] {
         paths.push(container.start(&mut node)?);

@@ -187,9 +187,60 @@ fn a_release_that_differs_is_told_by_file_and_fact() -> Result<()> {
     more["ccManager"]["frob"] = 1.into();
     assert_eq!(unknown_keys(folder.path(), &more)?, ["ccManager.frob"]);
 
+    // A name that begins as a key does is another, and so is a key below it.
+    for (inside, is_known) in [("enabled", true), ("enabledToo", false), ("enabled.more", false), ("enabled-x", false)]
+    {
+        let text = format!("{{{{ .Values.ccManager.{inside} }}}}");
+        fs::write(folder.path().join("deployments/gpu-operator/templates/clusterpolicy.yaml"), text)?;
+        let values = serde_json::json!({"ccManager": {"enabled": true}});
+        assert_eq!(unknown_keys(folder.path(), &values)?.is_empty(), is_known, "{inside}");
+    }
+
     let empty = tempfile::tempdir()?;
     let error = of_checkout(empty.path(), &golden).unwrap_err().to_string();
     ensure!(error.contains("no checkout of the GPU Operator"), "{error}");
+    Ok(())
+}
+
+/// A checkout with what no release has had yet.
+#[test]
+fn new_files_and_new_fields_are_told() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    checkout(folder.path(), "[a]", "v26.8.0")?;
+    let golden = golden("## assets/a/0500_daemonset.yaml\n## assets/a/0200_role.yaml\n")?;
+    let before = of_checkout(folder.path(), &golden)?;
+    let put = |name: &str, text: &str| fs::write(folder.path().join("assets/a").join(name), text);
+    let daemon_set = |pod: &str, container: &str| {
+        format!("kind: DaemonSet\nspec: {{template: {{spec: {{{pod} containers: [{{name: main, {container}}}]}}}}}}\n")
+    };
+    put("0100_service_account.yaml", "kind: ServiceAccount\n")?;
+    assert_eq!(differences(&before, &of_checkout(folder.path(), &golden)?), "", "it runs nothing and allows nothing");
+
+    put("0400_configmap.yaml", "kind: ConfigMap\ndata: {script: 'rm -rf /'}\n")?;
+    put("0600_daemonset.yaml", &daemon_set("", "command: [b]"))?;
+    assert_eq!(
+        differences(&before, &of_checkout(folder.path(), &golden)?),
+        "assets/a/0400_configmap.yaml\n  + an object of kind ConfigMap\n\
+         assets/a/0600_daemonset.yaml\n  + an object of kind DaemonSet\n  + container main command: [\"b\"]\n"
+    );
+
+    for (pod, container, told) in [
+        ("runtimeClassName: nvidia,", "", "runtimeClassName: \"nvidia\""),
+        ("", "envFrom: [{configMapRef: {name: x}}]", "container main envFrom: [{\"configMapRef\":{\"name\":\"x\"}}]"),
+        (
+            "",
+            "securityContext: {capabilities: {add: [X]}}",
+            "container main securityContext.capabilities: {\"add\":[\"X\"]}",
+        ),
+        ("", "lifecycle: {postStart: {exec: {}}}", "container main lifecycle.postStart: {\"exec\":{}}"),
+        ("", "lifecycle: {preStop: {sleep: {}}}", "container main lifecycle.preStop.sleep: {}"),
+        ("tolerations: [{key: a, effect: b}],", "", "toleration: {\"effect\":\"b\",\"key\":\"a\"}"),
+    ] {
+        put("0600_daemonset.yaml", &daemon_set(pod, container))?;
+        let found = of_checkout(folder.path(), &golden)?;
+        let facts = &found["assets/a/0600_daemonset.yaml"];
+        ensure!(facts.contains(told), "{told} is not in {facts:?}");
+    }
     Ok(())
 }
 
