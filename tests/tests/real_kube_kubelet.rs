@@ -35,11 +35,20 @@ const CONTRACT: &[Entry<Machine>] = &[
     entry!(FIRST, a_plugin_that_dies_leaves_pods_running_and_comes_back),
     entry!(FIRST, another_plugin_of_the_same_resource_takes_its_place),
     entry!(FIRST, a_restart_deletes_sockets_and_keeps_what_pods_hold, OURS),
+    entry!(FIRST..=24, a_registration_is_answered_before_the_dial_back),
     entry!(25, a_registration_is_answered_after_the_dial_back),
+    entry!(FIRST..=24, the_end_of_a_plugin_that_was_replaced_takes_nothing),
+    entry!(25, the_end_of_a_plugin_that_was_replaced_takes_the_resource_until_the_next_list),
+    entry!(FIRST..=22, pod_resources_of_one_pod_are_not_known_of),
     entry!(27, pod_resources_of_one_pod_can_be_got),
+    entry!(FIRST..=27, cdi_names_are_passed_over),
     entry!(29, an_unknown_cdi_name_keeps_a_container_from_being_made),
+    entry!(FIRST..=30, a_pods_status_does_not_name_its_devices),
     entry!(36, a_pods_status_names_its_devices_and_their_health),
 ];
+
+/// The newest kubelet whose behaviour was recorded, which the stand-in follows.
+const RECORDED: u32 = 36;
 
 /// A kubelet and the API server that it reports to.
 struct Machine {
@@ -251,6 +260,15 @@ async fn a_plugin_is_dialled_back_and_its_devices_are_offered(machine: &Machine)
     toy.end().await
 }
 
+async fn a_registration_is_answered_before_the_dial_back(machine: &Machine) -> Result<()> {
+    let (resource, endpoint) = machine.resource();
+    register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
+    // There is nobody at the socket until now, and the kubelet goes on dialling.
+    let toy = plugin(&FOUR).served(&machine.folder.join(&endpoint))?;
+    machine.offers(&resource, "4", "4").await?;
+    toy.end().await
+}
+
 async fn a_registration_is_answered_after_the_dial_back(machine: &Machine) -> Result<()> {
     let (resource, endpoint) = machine.resource();
     let refused = register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await.err();
@@ -332,6 +350,13 @@ async fn what_a_pod_holds_is_told_by_pod_resources(machine: &Machine) -> Result<
     toy.end().await
 }
 
+async fn pod_resources_of_one_pod_are_not_known_of(machine: &Machine) -> Result<()> {
+    let ask = pr::GetPodResourcesRequest { pod_name: "any".to_owned(), pod_namespace: machine.namespace.clone() };
+    let refused = machine.lister().await?.get(ask).await.err().context("it is answered")?;
+    ensure!(refused.code() == tonic::Code::Unimplemented, "{refused:?}");
+    Ok(())
+}
+
 async fn pod_resources_of_one_pod_can_be_got(machine: &Machine) -> Result<()> {
     let (toy, resource) = machine.plug_in(&FOUR).await?;
     machine.offers(&resource, "4", "4").await?;
@@ -367,18 +392,45 @@ async fn a_plugin_that_dies_leaves_pods_running_and_comes_back(machine: &Machine
     toy.end().await
 }
 
-async fn another_plugin_of_the_same_resource_takes_its_place(machine: &Machine) -> Result<()> {
+/// A plugin of two devices, and another of four that has taken its place.
+async fn replaced(machine: &Machine) -> Result<(Served, Served, String)> {
     let (old, resource) = machine.plug_in(&FOUR[..2]).await?;
     machine.offers(&resource, "2", "2").await?;
     let endpoint = machine.resource().1;
     let new = plugin(&FOUR).served(&machine.folder.join(&endpoint))?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
+    Ok((old, new, resource))
+}
+
+async fn another_plugin_of_the_same_resource_takes_its_place(machine: &Machine) -> Result<()> {
+    let (old, new, resource) = replaced(machine).await?;
     let pod = machine.runs(&resource, 1).await?;
     ensure!(new.calls().iter().any(|(what, _)| *what == "Allocate"), "{:?}", new.calls());
     machine.remove(&pod).await?;
-    // The end of the old one is another matter: later kubelets take it for the end of the resource.
     old.end().await?;
+    new.end().await
+}
+
+async fn the_end_of_a_plugin_that_was_replaced_takes_nothing(machine: &Machine) -> Result<()> {
+    let (old, new, resource) = replaced(machine).await?;
+    old.end().await?;
+    // By the time in which a pod starts the kubelet has heard of the end.
+    let pod = machine.runs(&resource, 1).await?;
+    machine.offers(&resource, "4", "4").await?;
+    let other = machine.runs(&resource, 3).await?;
+    machine.offers(&resource, "4", "4").await?;
+    machine.remove(&pod).await?;
+    machine.remove(&other).await?;
+    new.end().await
+}
+
+async fn the_end_of_a_plugin_that_was_replaced_takes_the_resource_until_the_next_list(machine: &Machine) -> Result<()> {
+    let (old, new, resource) = replaced(machine).await?;
+    old.end().await?;
+    machine.offers(&resource, "4", "0").await?;
+    new.has(&FOUR);
+    machine.offers(&resource, "4", "4").await?;
     new.end().await
 }
 
@@ -421,13 +473,26 @@ async fn a_restart_deletes_sockets_and_keeps_what_pods_hold(machine: &Machine) -
     other.end().await
 }
 
-async fn an_unknown_cdi_name_keeps_a_container_from_being_made(machine: &Machine) -> Result<()> {
+/// A plugin that answers with CDI names that nobody has defined.
+async fn with_unknown_cdi_names(machine: &Machine) -> Result<(Served, String)> {
     let (resource, endpoint) = machine.resource();
     let mut toy = plugin(&FOUR);
     toy.cdi = Some("nvidia.com/nobody".to_owned());
     let toy = toy.served(&machine.folder.join(&endpoint))?;
     register(&machine.folder, kubelet_api::VERSION, &endpoint, &resource).await?;
     machine.offers(&resource, "4", "4").await?;
+    Ok((toy, resource))
+}
+
+async fn cdi_names_are_passed_over(machine: &Machine) -> Result<()> {
+    let (toy, resource) = with_unknown_cdi_names(machine).await?;
+    let pod = machine.runs(&resource, 1).await?;
+    machine.remove(&pod).await?;
+    toy.end().await
+}
+
+async fn an_unknown_cdi_name_keeps_a_container_from_being_made(machine: &Machine) -> Result<()> {
+    let (toy, resource) = with_unknown_cdi_names(machine).await?;
     let pod = machine.create(&resource, 1).await?;
     let waiting = |body: &Value| body["status"]["containerStatuses"][0]["state"]["waiting"].clone();
     let path = format!("{}/{pod}", machine.pods());
@@ -436,6 +501,18 @@ async fn an_unknown_cdi_name_keeps_a_container_from_being_made(machine: &Machine
     let message = waiting["message"].as_str().unwrap_or_default();
     ensure!(message.contains("CDI device injection failed: unresolvable CDI devices nvidia.com/nobody=3"), "{message}");
     machine.cluster.admin.delete_now(&path).await?;
+    toy.end().await
+}
+
+async fn a_pods_status_does_not_name_its_devices(machine: &Machine) -> Result<()> {
+    let (toy, resource) = machine.plug_in(&FOUR[..1]).await?;
+    machine.offers(&resource, "1", "1").await?;
+    let pod = machine.runs(&resource, 1).await?;
+    toy.has(&[("0", false)]);
+    machine.offers(&resource, "1", "0").await?;
+    let status = machine.until_phase(&pod, "Running").await?;
+    ensure!(status["containerStatuses"][0].get("allocatedResourcesStatus").is_none(), "{status:#}");
+    machine.remove(&pod).await?;
     toy.end().await
 }
 
@@ -455,8 +532,8 @@ async fn a_pods_status_names_its_devices_and_their_health(machine: &Machine) -> 
 }
 
 async fn all(machine: Machine) -> Result<()> {
-    // The stand-in follows the newest kubelet whose behaviour was recorded, whatever its API server says.
-    let minor = if machine.stand_in.is_some() { u32::MAX } else { machine.cluster.minor };
+    // The stand-in's API server is of another version.
+    let minor = if machine.stand_in.is_some() { RECORDED } else { machine.cluster.minor };
     holds(CONTRACT, &machine, minor, machine.cluster.is_ours()).await
 }
 
