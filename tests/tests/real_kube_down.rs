@@ -1,4 +1,5 @@
-//! What `hack/real-kube` leaves behind: nothing, whether it is ended in order or was killed.
+//! What a machine has of `hack/real-kube`: while it runs nobody beside it can reach it, and when it has ended, in order or not,
+//! nothing of it is left.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
@@ -6,6 +7,7 @@ mod real_kube;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant, SystemTime};
@@ -240,6 +242,82 @@ fn until_as_before(folder: &Path, before: &Traces) -> Result<()> {
         ensure!(Instant::now() < deadline, "left behind: {now:#?} and not {before:#?}");
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// The node's address, on a bridge that is attached to nothing.
+const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 254, 77, 1);
+
+/// An address and a port as the kernel shows them: words of four bytes, each in the machine's order.
+fn address(shown: &str) -> Result<(IpAddr, u16)> {
+    let (address, port) = shown.split_once(':').with_context(|| shown.to_owned())?;
+    let mut bytes = Vec::new();
+    for start in (0..address.len()).step_by(8) {
+        bytes.extend(u32::from_str_radix(&address[start..start + 8], 16)?.to_ne_bytes());
+    }
+    let address = match <[u8; 4]>::try_from(bytes.as_slice()) {
+        Ok(bytes) => Ipv4Addr::from(bytes).into(),
+        Err(_) => Ipv6Addr::from(<[u8; 16]>::try_from(bytes.as_slice())?).to_canonical(),
+    };
+    Ok((address, u16::from_str_radix(port, 16)?))
+}
+
+/// Where a process listens by TCP, or may be sent something by UDP.
+fn listens(process: &Path) -> Result<BTreeSet<(&'static str, IpAddr, u16)>> {
+    // Others than listening TCP sockets have somebody at the other end.
+    const LISTENS: &str = "0A";
+    let mut sockets = BTreeSet::new();
+    for open in fs::read_dir(process.join("fd"))?.flatten() {
+        // A descriptor may have been closed meanwhile.
+        let target = fs::read_link(open.path()).unwrap_or_default();
+        let inode = target.to_str().and_then(|name| name.strip_prefix("socket:[")?.strip_suffix(']'));
+        sockets.extend(inode.map(str::to_owned));
+    }
+    let mut found = BTreeSet::new();
+    for protocol in ["tcp", "tcp6", "udp", "udp6"] {
+        let table = fs::read_to_string(process.join("net").join(protocol))?;
+        for line in table.lines().skip(1) {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (local, state, inode) = (fields[1], fields[3], fields[9]);
+            if sockets.contains(inode) && (protocol.starts_with("udp") || state == LISTENS) {
+                let (address, port) = address(local)?;
+                found.insert((protocol, address, port));
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+#[ignore = "needs a real cluster: hack/test --real-kube"]
+fn nothing_listens_beyond_loopback_and_a_bridge_that_is_attached_to_nothing() -> Result<()> {
+    let folder = real_kube::real()?;
+    let first = PathBuf::from(format!("/proc/{}", holder(&folder)?));
+    let namespace = |process: &Path, kind: &str| fs::read_link(process.join("ns").join(kind));
+    let (of_cluster, of_machine) = (namespace(&first, "pid")?, namespace(Path::new("/proc/self"), "net")?);
+    let mut all = BTreeSet::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        if !namespace(&entry.path(), "pid").is_ok_and(|found| found == of_cluster) {
+            continue;
+        }
+        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
+        // Some that are listed have ended since.
+        let (Ok(network), Ok(found)) = (namespace(&entry.path(), "net"), listens(&entry.path())) else { continue };
+        ensure!(network != of_machine, "{name} is in the machine's own network");
+        all.extend(found.into_iter().map(|listener| (name.clone(), listener)));
+    }
+    println!("{all:#?}");
+    // Each of these is looked for, so that an empty answer means nothing.
+    for (name, port) in [("kube-apiserver", 6443), ("etcd", 2379), ("kube-scheduler", 10259)] {
+        let is_there = all.iter().any(|(found, listener)| found == name && listener.2 == port);
+        ensure!(is_there, "{name} does not listen at {port}: {all:#?}");
+    }
+    let is_inside = |address: &IpAddr| address.is_loopback() || *address == IpAddr::V4(NODE_ADDRESS);
+    let outside: Vec<_> = all.iter().filter(|(_, (_, address, _))| !is_inside(address)).collect();
+    ensure!(outside.is_empty(), "these can be reached from beyond: {outside:#?}");
+
+    let attached = real_kube::script(&["exec", "ip", "link", "show", "master", "real-kube"])?;
+    ensure!(attached.is_empty(), "attached to the bridge: {attached}");
+    Ok(())
 }
 
 #[test]
