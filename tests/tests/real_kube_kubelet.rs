@@ -19,6 +19,8 @@ use kubelet_api::pod_resources::pod_resources_lister_client::PodResourcesListerC
 use lab_kube::api_server::{ApiServerConfig, Rule};
 use lab_kube::kubelet::toy::Served;
 use lab_kube::kubelet::{Config, Kubelet};
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
 use real_kube::contract::{Entry, FIRST, OURS, entry, holds};
 use real_kube::{Cluster, IMAGE, NODE, PATIENCE, kubelet_folder, plugin, register, run, script};
 use serde_json::{Value, json};
@@ -551,28 +553,34 @@ fn a_real_kubelet_keeps_the_contract() -> Result<()> {
 // -- the device plugin -------------------------------------------------------------------------------------------------
 
 /// The device plugin, as a process over a fake sysfs.
-struct Agent(Child);
+struct Agent {
+    process: Child,
+    log: PathBuf,
+}
 
 impl Agent {
-    fn start(program: &Path, fake: &FakeSysfs, place: &Path, folder: &Path) -> Result<Self> {
-        let log = std::fs::File::options().create(true).append(true).open(place.join("log"))?;
-        let mut command = Command::new(program);
-        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        command
-            .env("CCNODE_ROOT", fake.path())
-            .env("CCNODE_STATE_DIR", place.join("state"))
-            .env("CDI_DIR", place.join("cdi"))
-            .env("KUBELET_PLUGIN_DIR", folder)
-            .env("P_GPU_ALIAS", "pgpu-contract")
-            .env("VFIO_BACKEND", "legacy")
-            .env("POLL_INTERVAL", "200ms");
-        Ok(Self(command.spawn().with_context(|| program.display().to_string())?))
+    fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     fn kill(&mut self) -> Result<()> {
-        self.0.kill()?;
-        self.0.wait()?;
+        self.process.kill()?;
+        self.process.wait()?;
         Ok(())
+    }
+
+    /// Asks it to end, as a kubelet asks a container, and waits until it has.
+    async fn end(mut self) -> Result<()> {
+        signal::kill(Pid::from_raw(self.process.id().try_into()?), Signal::SIGTERM)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.process.try_wait()? {
+                ensure!(status.success(), "{status}: {}", self.log());
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "it does not end: {}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 }
 
@@ -582,57 +590,150 @@ impl Drop for Agent {
     }
 }
 
-#[test]
-#[ignore = "needs a real kubelet: hack/test --real-kube"]
-fn the_device_plugin_offers_gpus_to_a_real_kubelet_and_pods_keep_them() -> Result<()> {
-    const R: &str = "nvidia.com/pgpu-contract";
-    let program = lab::programs::built()?.join("device-plugin");
-    run(async {
-        let machine = Machine::real().await?;
-        let (fake, place) = (FakeSysfs::new(), tempfile::tempdir()?);
-        let gpus = ["0000:41:00.0", "0000:42:00.0", "0000:81:00.0", "0000:82:00.0"];
-        for ((bdf, group), numa) in gpus.into_iter().zip(11..).zip([0, 0, 1, 1]) {
+/// Two GPUs on each of two NUMA nodes.
+const GPUS: [&str; 4] = ["0000:41:00.0", "0000:42:00.0", "0000:81:00.0", "0000:82:00.0"];
+
+/// Why a kubelet with the policy single-numa-node refuses a pod: also where there are too few devices on all nodes together.
+const NOT_OF_ONE_NODE: &str = "TopologyAffinityError";
+
+/// A node with these GPUs, and the real kubelet.
+struct Board {
+    machine: Machine,
+    fake: FakeSysfs,
+    place: tempfile::TempDir,
+    /// A kubelet remembers a resource for as long as it lives: each test has its own.
+    alias: String,
+    resource: String,
+}
+
+impl Board {
+    async fn new() -> Result<Self> {
+        let (machine, fake, place) = (Machine::real().await?, FakeSysfs::new(), tempfile::tempdir()?);
+        for ((bdf, group), numa) in GPUS.into_iter().zip(11..).zip([0, 0, 1, 1]) {
             fake.gpu(bdf, 0x2330).group(group).driver_override("vfio-pci").driver("vfio-pci").numa(numa);
         }
         real_kube::make_vfio_nodes(11..15)?;
-        let mut agent = Agent::start(&program, &fake, place.path(), &machine.folder)?;
-        let log = || std::fs::read_to_string(place.path().join("log")).unwrap_or_default();
-        machine.offers(R, "4", "4").await.with_context(log)?;
-        let pod = machine.runs(R, 2).await.with_context(log)?;
-        let held = machine.held(&pod, R).await?;
-        ensure!(held == ids(&gpus[..2]) || held == ids(&gpus[2..]), "{held:?} are of two NUMA nodes");
+        let alias = machine.cluster.fresh("pgpu");
+        let resource = format!("nvidia.com/{alias}");
+        Ok(Self { machine, fake, place, alias, resource })
+    }
+
+    fn program() -> Result<PathBuf> {
+        Ok(lab::programs::built()?.join("device-plugin"))
+    }
+
+    fn start(&self, program: &Path) -> Result<Agent> {
+        let log = self.place.path().join(self.machine.cluster.fresh("log"));
+        let mut command = Command::new(program);
+        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(&log)?);
+        command
+            .env("CCNODE_ROOT", self.fake.path())
+            .env("CCNODE_STATE_DIR", self.place.path().join("state"))
+            .env("CDI_DIR", self.place.path().join("cdi"))
+            .env("KUBELET_PLUGIN_DIR", &self.machine.folder)
+            .env("P_GPU_ALIAS", &self.alias)
+            .env("VFIO_BACKEND", "legacy")
+            .env("POLL_INTERVAL", "200ms");
+        Ok(Agent { process: command.spawn().with_context(|| program.display().to_string())?, log })
+    }
+
+    async fn offers(&self, capacity: &str, allocatable: &str) -> Result<()> {
+        self.machine.offers(&self.resource, capacity, allocatable).await
+    }
+
+    async fn runs(&self, count: usize) -> Result<String> {
+        self.machine.runs(&self.resource, count).await
+    }
+
+    async fn held(&self, pod: &str) -> Result<BTreeSet<String>> {
+        self.machine.held(pod, &self.resource).await
+    }
+
+    /// A pod of so many is refused: there are not as many of one NUMA node, or none at all.
+    async fn is_refused(&self, count: usize) -> Result<()> {
+        let pod = self.machine.create(&self.resource, count).await?;
+        let status = self.machine.until_phase(&pod, "Failed").await?;
+        ensure!(status["reason"] == NOT_OF_ONE_NODE, "{count} are refused otherwise: {status:#}");
+        self.machine.cluster.admin.delete_now(&format!("{}/{pod}", self.machine.pods())).await
+    }
+}
+
+#[test]
+#[ignore = "needs a real kubelet: hack/test --real-kube"]
+fn the_device_plugin_offers_gpus_to_a_real_kubelet_and_pods_keep_them() -> Result<()> {
+    run(async {
+        let board = Board::new().await?;
+        let machine = &board.machine;
+        let mut agent = board.start(&Board::program()?)?;
+        board.offers("4", "4").await.with_context(|| agent.log())?;
+        let pod = board.runs(2).await.with_context(|| agent.log())?;
+        let (held, container) = (board.held(&pod).await?, machine.container(&pod).await?);
 
         // The kubelet goes and comes back.
         machine.stop().await?;
         machine.start().await?;
-        machine.offers(R, "4", "4").await.with_context(log)?;
-        machine.holds(&pod, R, &held).await.context("the pod has lost its GPUs to a restart of the kubelet")?;
+        board.offers("4", "4").await.with_context(|| agent.log())?;
+        machine.holds(&pod, &board.resource, &held).await.context("the pod has lost its GPUs to a restart")?;
 
         // A GPU that leaves its driver is offered no more.
-        let free = *gpus.iter().find(|bdf| !held.contains(**bdf)).context("none is free")?;
-        fake.unbind(free)?;
-        machine.offers(R, "4", "3").await.with_context(log)?;
-        fake.bind(free, "vfio-pci")?;
-        machine.offers(R, "4", "4").await.with_context(log)?;
+        let free = *GPUS.iter().find(|bdf| !held.contains(**bdf)).context("none is free")?;
+        board.fake.unbind(free)?;
+        board.offers("4", "3").await.with_context(|| agent.log())?;
+        board.fake.bind(free, "vfio-pci")?;
+        board.offers("4", "4").await.with_context(|| agent.log())?;
 
-        // The plugin is killed, and another build takes its place.
+        // The plugin is killed, and comes back.
         agent.kill()?;
-        machine.offers(R, "4", "0").await.with_context(log)?;
+        board.offers("4", "0").await.with_context(|| agent.log())?;
         machine.until_phase(&pod, "Running").await?;
-        let mut agent = Agent::start(&program, &fake, place.path(), &machine.folder)?;
-        machine.offers(R, "4", "4").await.with_context(log)?;
-        ensure!(machine.held(&pod, R).await? == held, "the pod has lost its GPUs to an upgrade");
+        let agent = board.start(&Board::program()?)?;
+        board.offers("4", "4").await.with_context(|| agent.log())?;
+        ensure!(board.held(&pod).await? == held, "the pod has lost its GPUs to the plugin's end");
 
         // What is left goes to another pod, and no more than that.
-        let second = machine.runs(R, 2).await.with_context(log)?;
-        let others = machine.held(&second, R).await?;
+        let second = board.runs(2).await.with_context(|| agent.log())?;
+        let others = board.held(&second).await?;
         ensure!(others.len() == 2 && others.is_disjoint(&held), "{others:?} beside {held:?}");
-        let third = machine.create(R, 1).await?;
-        machine.until_phase(&third, "Failed").await?;
+        board.is_refused(1).await.with_context(|| agent.log())?;
+        let now = machine.container(&pod).await?;
+        ensure!(now == container, "the container was {container:#} and is {now:#}");
         for name in [pod, second] {
             machine.remove(&name).await?;
         }
-        machine.cluster.admin.delete_now(&format!("{}/{third}", machine.pods())).await?;
-        agent.kill()
+        agent.end().await
+    })
+}
+
+/// The kubelet of `hack/real-kube` has two NUMA nodes and the policy single-numa-node. It goes by what the plugin says in its
+/// lists (`TopologyInfo`), before it asks anything: without that it gives out whatever there is, as the contract's plugin shows,
+/// whose three devices go to one pod.
+#[test]
+#[ignore = "needs a real kubelet: hack/test --real-kube"]
+fn a_pod_gets_gpus_of_one_numa_node_or_none() -> Result<()> {
+    run(async {
+        let board = Board::new().await?;
+        let agent = board.start(&Board::program()?)?;
+        board.offers("4", "4").await.with_context(|| agent.log())?;
+        // There are three, and no node has them.
+        board.is_refused(3).await.with_context(|| agent.log())?;
+        // There are two, one of each node.
+        for bdf in [GPUS[1], GPUS[2]] {
+            board.fake.unbind(bdf)?;
+        }
+        board.offers("4", "2").await.with_context(|| agent.log())?;
+        board.is_refused(2).await.with_context(|| agent.log())?;
+        // There are three, two of them of one node.
+        board.fake.bind(GPUS[2], "vfio-pci")?;
+        board.offers("4", "3").await.with_context(|| agent.log())?;
+        let second = board.runs(2).await.with_context(|| agent.log())?;
+        ensure!(board.held(&second).await? == ids(&GPUS[2..]), "{:?}", board.held(&second).await?);
+        board.fake.bind(GPUS[1], "vfio-pci")?;
+        board.offers("4", "4").await.with_context(|| agent.log())?;
+        let first = board.runs(2).await.with_context(|| agent.log())?;
+        ensure!(board.held(&first).await? == ids(&GPUS[..2]), "{:?}", board.held(&first).await?);
+        for pod in [first, second] {
+            board.machine.remove(&pod).await?;
+        }
+        agent.end().await
     })
 }
