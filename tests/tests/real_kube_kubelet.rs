@@ -5,7 +5,9 @@
 
 mod real_kube;
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -563,6 +565,15 @@ impl Agent {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    async fn until_logged(&self, what: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(what) {
+            ensure!(Instant::now() < deadline, "it does not say {what:?}: {}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
     fn kill(&mut self) -> Result<()> {
         self.process.kill()?;
         self.process.wait()?;
@@ -637,6 +648,12 @@ impl Board {
         Ok(Agent { process: command.spawn().with_context(|| program.display().to_string())?, log })
     }
 
+    /// What the CDI files say.
+    fn cdi(&self) -> Result<String> {
+        let files = std::fs::read_dir(self.place.path().join("cdi"))?;
+        files.map(|file| Ok(std::fs::read_to_string(file?.path())?)).collect()
+    }
+
     async fn offers(&self, capacity: &str, allocatable: &str) -> Result<()> {
         self.machine.offers(&self.resource, capacity, allocatable).await
     }
@@ -655,6 +672,37 @@ impl Board {
         let status = self.machine.until_phase(&pod, "Failed").await?;
         ensure!(status["reason"] == NOT_OF_ONE_NODE, "{count} are refused otherwise: {status:#}");
         self.machine.cluster.admin.delete_now(&format!("{}/{pod}", self.machine.pods())).await
+    }
+
+    /// Looks again and again whether a pod has its GPUs, in the container that it had, and nobody else has one of them. Ends when
+    /// that is not so.
+    async fn stays(&self, pod: &str, looks: &Cell<u32>) -> Result<Infallible> {
+        let (held, container) = (self.held(pod).await?, self.machine.container(pod).await?);
+        loop {
+            let now = self.held(pod).await?;
+            ensure!(now == held, "{pod} had {held:?}, and has {now:?}");
+            let now = self.machine.container(pod).await?;
+            ensure!(now == container, "the container was {container:#} and is {now:#}");
+            let list = self.machine.lister().await?.list(pr::ListPodResourcesRequest {}).await?.into_inner();
+            let devices = list.pod_resources.into_iter().flat_map(|pod| pod.containers).flat_map(|one| one.devices);
+            let devices = devices.filter(|devices| devices.resource_name == self.resource);
+            let given: Vec<String> = devices.flat_map(|devices| devices.device_ids).collect();
+            let distinct: BTreeSet<&String> = given.iter().collect();
+            ensure!(given.len() == distinct.len(), "one of {given:?} is given twice");
+            looks.set(looks.get() + 1);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// Does something while it is looked whether all stays as it is to stay.
+async fn while_stays<T>(
+    stays: impl Future<Output = Result<Infallible>>,
+    act: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    tokio::select! {
+        wrong = stays => match wrong? {},
+        done = act => done,
     }
 }
 
@@ -735,5 +783,87 @@ fn a_pod_gets_gpus_of_one_numa_node_or_none() -> Result<()> {
             board.machine.remove(&pod).await?;
         }
         agent.end().await
+    })
+}
+
+/// A copy of a program that has another version of the same length, which it tells. The code is the same: what differs for a
+/// kubelet in an upgrade are the process and what the plugin finds from the one before.
+fn of_another_version(program: &Path, folder: &Path) -> Result<(PathBuf, String)> {
+    let version = env!("CARGO_PKG_VERSION");
+    let next = |c: char| c.to_digit(10).and_then(|digit| char::from_digit((digit + 1) % 10, 10)).unwrap_or(c);
+    let other: String = version.chars().map(next).collect();
+    let copy = folder.join("device-plugin");
+    std::fs::copy(program, &copy)?;
+    let mut bytes = std::fs::read(&copy)?;
+    let places: Vec<usize> = memchr::memmem::find_iter(&bytes, version).collect();
+    for place in places {
+        bytes[place..place + version.len()].copy_from_slice(other.as_bytes());
+    }
+    std::fs::write(&copy, bytes)?;
+    let told = String::from_utf8(Command::new(&copy).arg("--version").output()?.stdout)?;
+    ensure!(told.trim_end().ends_with(&other), "it tells {told:?}, and not {other}");
+    Ok((copy, other))
+}
+
+#[test]
+#[ignore = "needs a real kubelet: hack/test --real-kube"]
+fn an_upgrade_of_the_device_plugin_takes_no_gpu_from_a_pod() -> Result<()> {
+    const TAKEN: &str = "The kubelet knows of this resource";
+    const REPLACED: &str = "Another process has taken over the socket";
+    run(async {
+        let (board, program) = (Board::new().await?, Board::program()?);
+        let (upgraded, version) = of_another_version(&program, board.place.path())?;
+        let (looks, machine) = (Cell::new(0), &board.machine);
+        let old = board.start(&program)?;
+        board.offers("4", "4").await.with_context(|| old.log())?;
+        let pod = board.runs(2).await.with_context(|| old.log())?;
+
+        // As a DaemonSet does it by itself: the old one is gone before the new one is there.
+        let upgrade = async {
+            old.end().await?;
+            board.offers("4", "0").await?;
+            let new = board.start(&upgraded)?;
+            board.offers("4", "4").await.with_context(|| new.log())?;
+            Ok(new)
+        };
+        let new = while_stays(board.stays(&pod, &looks), upgrade).await?;
+        ensure!(new.log().contains(&version), "it is not {version}: {}", new.log());
+        let (second, before) = (board.runs(1).await.with_context(|| new.log())?, looks.get());
+        ensure!(before > 0, "nobody has looked");
+
+        // With maxSurge, and back to the first version: the new one has its place before the old one is asked to end. (To kubelets
+        // from 1.25 on that is the end of the resource: see the contract.)
+        let downgrade = async {
+            let newest = board.start(&program)?;
+            newest.until_logged(TAKEN).await?;
+            // One of the two stands back. The old one has the place again if it looks in the moment between two sockets.
+            let deadline = Instant::now() + PATIENCE;
+            while ![&newest, &new].iter().any(|agent| agent.log().contains(REPLACED)) {
+                ensure!(Instant::now() < deadline, "none stands back: {}{}", new.log(), newest.log());
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            board.offers("4", "4").await.with_context(|| newest.log())?;
+            let log = new.log();
+            new.end().await.with_context(|| log)?;
+            // A pod is given what is left, by the one that is there.
+            let third = board.runs(1).await.with_context(|| newest.log())?;
+            Ok((newest, third))
+        };
+        let (newest, third) = while_stays(board.stays(&pod, &looks), downgrade).await?;
+        ensure!(looks.get() > before, "nobody has looked");
+        board.offers("4", "4").await.with_context(|| newest.log())?;
+        let mut all = board.held(&pod).await?;
+        for other in [&second, &third] {
+            all.extend(board.held(other).await?);
+        }
+        ensure!(all == ids(&GPUS), "{all:?} are given");
+        let left: Vec<_> = GPUS.iter().filter(|id| !board.cdi().is_ok_and(|text| text.contains(**id))).collect();
+        ensure!(left.is_empty(), "{left:?} are in no CDI file");
+        board.is_refused(1).await.with_context(|| newest.log())?;
+        println!("looked {} times", looks.get());
+        for pod in [pod, second, third] {
+            machine.remove(&pod).await?;
+        }
+        newest.end().await
     })
 }
