@@ -46,13 +46,15 @@ const CONTRACT: &[Entry<Cluster>] = &[
     entry!(FIRST, events_of_a_node_are_of_the_default_namespace),
     entry!(FIRST, an_event_is_counted_up_by_a_patch),
     entry!(FIRST, a_deleted_pod_stays_until_its_time_is_over),
+    entry!(FIRST..=21, an_event_of_the_newer_kind_about_a_node_is_invalid_outside_of_kube_system),
     entry!(22, an_event_of_the_newer_kind_about_a_node_may_be_in_the_default_namespace),
     entry!(22, evictions_are_of_policy_v1),
-    // 1.20.2 takes it for an add.
+    entry!(FIRST..=22, a_json_patch_takes_a_replace_for_an_add),
     entry!(23, a_json_patch_replaces_only_what_is_there),
-    // 1.20.2 answers 500.
+    entry!(FIRST..=24, a_broken_merge_patch_is_an_error_of_the_server),
     entry!(25, a_broken_merge_patch_is_a_bad_request),
     entry!(27, a_watch_can_begin_with_a_list),
+    entry!(FIRST..=22, strict_validation_is_not_known_of),
     entry!(27, strict_validation_refuses_unknown_fields),
 ];
 
@@ -322,10 +324,21 @@ async fn a_json_patch_tests_before_it_writes(cluster: &Cluster) -> Result<()> {
     admin.patch(&path, JSON, &null).await?.refused(422, "Invalid").map(drop)
 }
 
-async fn a_json_patch_replaces_only_what_is_there(cluster: &Cluster) -> Result<()> {
+/// What comes of the replacement of a label that is not there.
+async fn replaced_label(cluster: &Cluster) -> Result<Answer> {
     let (path, _) = cluster.node(&[("step", "0")]).await?;
     let replace = json!([{"op": "replace", "path": "/metadata/labels/absent", "value": "x"}]);
-    cluster.admin.patch(&path, JSON, &replace).await?.refused(422, "Invalid").map(drop)
+    cluster.admin.patch(&path, JSON, &replace).await
+}
+
+async fn a_json_patch_takes_a_replace_for_an_add(cluster: &Cluster) -> Result<()> {
+    let node = replaced_label(cluster).await?.is(200)?;
+    ensure!(node["metadata"]["labels"] == json!({"step": "0", "absent": "x"}), "{node:#}");
+    Ok(())
+}
+
+async fn a_json_patch_replaces_only_what_is_there(cluster: &Cluster) -> Result<()> {
+    replaced_label(cluster).await?.refused(422, "Invalid").map(drop)
 }
 
 async fn a_patch_of_another_version_or_uid_refused(cluster: &Cluster) -> Result<()> {
@@ -379,10 +392,18 @@ async fn patches_that_cannot_be_read_are_refused(cluster: &Cluster) -> Result<()
     Ok(())
 }
 
-async fn a_broken_merge_patch_is_a_bad_request(cluster: &Cluster) -> Result<()> {
+/// What comes of a merge patch that is no JSON.
+async fn broken_merge_patch(cluster: &Cluster) -> Result<Answer> {
     let (path, _) = cluster.node(&[]).await?;
-    let headers = [("content-type", MERGE)];
-    cluster.admin.ask(Method::PATCH, &path, &headers, b"{".to_vec()).await?.refused(400, "BadRequest").map(drop)
+    cluster.admin.ask(Method::PATCH, &path, &[("content-type", MERGE)], b"{".to_vec()).await
+}
+
+async fn a_broken_merge_patch_is_an_error_of_the_server(cluster: &Cluster) -> Result<()> {
+    broken_merge_patch(cluster).await?.is(500).map(drop)
+}
+
+async fn a_broken_merge_patch_is_a_bad_request(cluster: &Cluster) -> Result<()> {
+    broken_merge_patch(cluster).await?.refused(400, "BadRequest").map(drop)
 }
 
 async fn writers_of_different_labels_do_not_meet(cluster: &Cluster) -> Result<()> {
@@ -419,12 +440,21 @@ async fn of_writers_that_test_the_same_label_one_wins(cluster: &Cluster) -> Resu
     Ok(())
 }
 
-async fn strict_validation_refuses_unknown_fields(cluster: &Cluster) -> Result<()> {
+/// What comes of a patch with an unknown field, which is dropped by default, where strictness is asked for.
+async fn strictly_validated(cluster: &Cluster) -> Result<Answer> {
     let (path, _) = cluster.node(&[]).await?;
     let patch = json!({"spec": {"nonsense": 1}});
-    cluster.admin.patch(&path, MERGE, &patch).await?.is(200)?;
-    let strict = format!("{path}?fieldValidation=Strict");
-    let body = cluster.admin.patch(&strict, MERGE, &patch).await?;
+    let node = cluster.admin.patch(&path, MERGE, &patch).await?.is(200)?;
+    ensure!(node["spec"].get("nonsense").is_none(), "{node:#}");
+    cluster.admin.patch(&format!("{path}?fieldValidation=Strict"), MERGE, &patch).await
+}
+
+async fn strict_validation_is_not_known_of(cluster: &Cluster) -> Result<()> {
+    strictly_validated(cluster).await?.is(200).map(drop)
+}
+
+async fn strict_validation_refuses_unknown_fields(cluster: &Cluster) -> Result<()> {
+    let body = strictly_validated(cluster).await?;
     ensure!([400, 422].contains(&body.code), "{body:?}");
     ensure!(body.body["message"].as_str().is_some_and(|text| text.contains("unknown field")), "{body:?}");
     Ok(())
@@ -626,15 +656,26 @@ async fn events_of_a_node_are_of_the_default_namespace(cluster: &Cluster) -> Res
 }
 
 /// As the agents write them. 1.20 refuses it, and 1.22 does not (kubernetes/kubernetes#100125).
-async fn an_event_of_the_newer_kind_about_a_node_may_be_in_the_default_namespace(cluster: &Cluster) -> Result<()> {
-    let (_, name) = cluster.node(&[]).await?;
+/// What comes of an event of the newer kind about a node.
+async fn newer_event(cluster: &Cluster, name: &str, namespace: &str) -> Result<Answer> {
     let event = json!({
-        "metadata": {"generateName": "contract-", "namespace": "default"}, "eventTime": "2026-01-01T00:00:00.000000Z",
+        "metadata": {"generateName": "contract-", "namespace": namespace}, "eventTime": "2026-01-01T00:00:00.000000Z",
         "type": "Normal", "reason": "Contract", "action": "Change", "note": "Seen",
         "regarding": {"apiVersion": "v1", "kind": "Node", "name": name, "uid": name},
         "reportingController": "ccnode.dev/contract", "reportingInstance": name,
     });
-    let made = cluster.admin.post("/apis/events.k8s.io/v1/namespaces/default/events", &event).await?.is(201)?;
+    cluster.admin.post(&format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"), &event).await
+}
+
+async fn an_event_of_the_newer_kind_about_a_node_is_invalid_outside_of_kube_system(cluster: &Cluster) -> Result<()> {
+    let (_, name) = cluster.node(&[]).await?;
+    newer_event(cluster, &name, "default").await?.refused(422, "Invalid")?;
+    newer_event(cluster, &name, "kube-system").await?.is(201).map(drop)
+}
+
+async fn an_event_of_the_newer_kind_about_a_node_may_be_in_the_default_namespace(cluster: &Cluster) -> Result<()> {
+    let (_, name) = cluster.node(&[]).await?;
+    let made = newer_event(cluster, &name, "default").await?.is(201)?;
     ensure!(made["regarding"]["name"] == name && made["note"] == "Seen", "{made:#}");
     Ok(())
 }
