@@ -12,7 +12,7 @@ use futures::future::join_all;
 use http::Method;
 use lab_kube::api_server::{ApiServerConfig, Rule};
 use real_kube::contract::{Entry, FIRST, OURS, entry, holds};
-use real_kube::{Answer, Api, Cluster, JSON, MERGE, STRATEGIC, run};
+use real_kube::{Answer, Api, Cluster, JSON, MERGE, PATIENCE, STRATEGIC, budget, run};
 use serde_json::{Value, json};
 
 /// The contract.
@@ -28,11 +28,14 @@ const CONTRACT: &[Entry<Cluster>] = &[
     entry!(FIRST, a_node_that_leaves_a_selector_is_told_as_deleted),
     entry!(FIRST, a_watch_ends_at_its_time_after_a_bookmark),
     entry!(FIRST, a_watch_without_bookmarks_gets_none),
+    entry!(FIRST, a_watch_of_metadata_alone_tells_no_content),
+    entry!(FIRST, pods_of_one_node_are_listed_and_watched_alone),
     entry!(FIRST, a_watch_from_a_forgotten_version_is_told_410_in_the_stream, OURS),
     entry!(FIRST, a_merge_patch_sets_and_removes_labels_and_annotations),
     entry!(FIRST, a_strategic_patch_does_the_same),
     entry!(FIRST, a_patch_that_changes_nothing_makes_no_version),
     entry!(FIRST, a_json_patch_tests_before_it_writes),
+    entry!(FIRST, a_json_patch_tests_uid_and_version),
     entry!(FIRST, a_patch_of_another_version_or_uid_refused),
     entry!(FIRST, bad_labels_are_invalid_and_say_which),
     entry!(FIRST, patches_that_cannot_be_read_are_refused),
@@ -47,6 +50,8 @@ const CONTRACT: &[Entry<Cluster>] = &[
     entry!(FIRST, an_event_is_counted_up_by_a_patch),
     entry!(FIRST, a_deleted_pod_stays_until_its_time_is_over),
     entry!(FIRST..=21, an_event_of_the_newer_kind_about_a_node_is_invalid_outside_of_kube_system),
+    entry!(FIRST, a_pod_that_a_budget_needs_is_not_evicted_before_it_may_be),
+    entry!(FIRST, an_eviction_of_another_uid_is_a_conflict),
     entry!(22, an_event_of_the_newer_kind_about_a_node_may_be_in_the_default_namespace),
     entry!(22, evictions_are_of_policy_v1),
     entry!(FIRST..=22, a_json_patch_takes_a_replace_for_an_add),
@@ -240,16 +245,85 @@ async fn a_watch_from_a_forgotten_version_is_told_410_in_the_stream(cluster: &Cl
     let (path, name) = cluster.node(&[]).await?;
     set_step(&cluster.admin, &path, "1").await?;
     cluster.forget().await?;
-    let mut watch = cluster.admin.watch(&format!("{}&watch=true&resourceVersion=1", only(&name))).await?;
-    let event = watch.next().await?.context("the watch ends")?;
-    ensure!(event["type"] == "ERROR", "{event:#}");
-    let status = &event["object"];
-    ensure!(status["kind"] == "Status" && status["code"] == 410 && status["reason"] == "Expired", "{event:#}");
-    ensure!(
-        status["message"].as_str().is_some_and(|text| text.starts_with("too old resource version: 1 (")),
-        "{event:#}"
-    );
-    ensure!(watch.next().await?.is_none(), "it goes on after the error");
+    for form in ["application/json", METADATA] {
+        let old = format!("{}&watch=true&resourceVersion=1", only(&name));
+        let mut watch = cluster.admin.watch_as(&old, form).await?;
+        let event = watch.next().await?.context("the watch ends")?;
+        ensure!(event["type"] == "ERROR", "{event:#}");
+        let status = &event["object"];
+        ensure!(status["kind"] == "Status" && status["code"] == 410 && status["reason"] == "Expired", "{event:#}");
+        ensure!(
+            status["message"].as_str().is_some_and(|text| text.starts_with("too old resource version: 1 (")),
+            "{event:#}"
+        );
+        ensure!(watch.next().await?.is_none(), "it goes on after the error");
+    }
+    Ok(())
+}
+
+/// As the agents watch their node.
+async fn a_watch_of_metadata_alone_tells_no_content(cluster: &Cluster) -> Result<()> {
+    let (path, name) = cluster.node(&[("step", "0")]).await?;
+    let list = cluster.admin.ask(Method::GET, &only(&name), &[("accept", METADATA_LIST)], Vec::new()).await?.is(200)?;
+    let query = format!("&watch=true&allowWatchBookmarks=true&timeoutSeconds=4&resourceVersion={}", version(&list));
+    let mut watch = cluster.admin.watch_as(&format!("{}{query}", only(&name)), METADATA).await?;
+    let written = set_step(&cluster.admin, &path, "1").await?;
+    let is_bare = |event: &Value| {
+        let object = &event["object"];
+        ensure!(object["kind"] == "PartialObjectMetadata" && object["apiVersion"] == "meta.k8s.io/v1", "{event:#}");
+        ensure!(object["spec"].is_null() && object["status"].is_null(), "{event:#}");
+        anyhow::Ok(())
+    };
+    let event = watch.until(|event| step(event) == "1").await?;
+    is_bare(&event)?;
+    ensure!(event["type"] == "MODIFIED" && version(&event["object"]) == version(&written), "{event:#}");
+    ensure!(event["object"]["metadata"]["uid"] == written["metadata"]["uid"], "{event:#}");
+    let bookmark = watch.until(|event| event["type"] == "BOOKMARK").await?;
+    is_bare(&bookmark)?;
+    let (marked, written): (u64, u64) = (version(&bookmark["object"]).parse()?, version(&written).parse()?);
+    ensure!(marked >= written && bookmark["object"]["metadata"]["name"].is_null(), "{bookmark:#} after {written}");
+    while watch.next().await?.is_some() {}
+    let from = format!("{}&watch=true&resourceVersion={marked}", only(&name));
+    let mut watch = cluster.admin.watch_as(&from, METADATA).await?;
+    cluster.admin.delete(&path).await?.is(200)?;
+    let gone = watch.until(|event| event["type"] == "DELETED").await?;
+    ensure!(gone["object"]["metadata"]["name"] == name, "{gone:#}");
+    is_bare(&gone)
+}
+
+/// As cc-manager waits for the end of the components of its node, and `ccnode drain-holders` looks for pods.
+async fn pods_of_one_node_are_listed_and_watched_alone(cluster: &Cluster) -> Result<()> {
+    let namespace = cluster.namespace().await?;
+    await_default_account(cluster, &namespace).await?;
+    let (_, node) = cluster.node(&[]).await?;
+    let (_, other) = cluster.node(&[]).await?;
+    let pods = format!("/api/v1/namespaces/{namespace}/pods");
+    let make = async |name: &str, node: &str| cluster.admin.post(&pods, &pod(name, node)).await?.is(201);
+    make("here", &node).await?;
+    make("there", &other).await?;
+    let of_node = format!("?fieldSelector=spec.nodeName%3D{node}");
+    let mut list = Value::Null;
+    for place in ["/api/v1/pods", &*pods] {
+        list = cluster.admin.get(&format!("{place}{of_node}")).await?.is(200)?;
+        let names: Vec<_> =
+            list["items"].as_array().context("no items")?.iter().map(|pod| &pod["metadata"]["name"]).collect();
+        ensure!(names == ["here"], "{place}: {names:?}");
+    }
+    let watch = format!("{pods}{of_node}&watch=true&resourceVersion={}", version(&list));
+    let mut watch = cluster.admin.watch_as(&watch, METADATA).await?;
+    make("there-too", &other).await?;
+    make("here-too", &node).await?;
+    cluster.admin.delete_now(&format!("{pods}/there")).await?;
+    cluster.admin.delete_now(&format!("{pods}/here")).await?;
+    let mut told = Vec::new();
+    while told.last() != Some(&"DELETED here".to_owned()) {
+        let event = watch.next().await?.context("the watch ends")?;
+        let word = |path: &str| event.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
+        told.push(format!("{} {}", word("/type"), word("/object/metadata/name")));
+    }
+    // Controllers may write to a pod, and its end may be marked first.
+    told.retain(|told| !told.starts_with("MODIFIED here"));
+    ensure!(told == ["ADDED here-too", "DELETED here"], "{told:?}");
     Ok(())
 }
 
@@ -339,6 +413,33 @@ async fn a_json_patch_takes_a_replace_for_an_add(cluster: &Cluster) -> Result<()
 
 async fn a_json_patch_replaces_only_what_is_there(cluster: &Cluster) -> Result<()> {
     replaced_label(cluster).await?.refused(422, "Invalid").map(drop)
+}
+
+/// As the agents write what they have computed from what they read.
+async fn a_json_patch_tests_uid_and_version(cluster: &Cluster) -> Result<()> {
+    let (path, _) = cluster.node(&[]).await?;
+    let patch = |field: &str, value: &Value, to: &str| {
+        json!([{"op": "test", "path": format!("/metadata/{field}"), "value": value},
+               {"op": "add", "path": "/metadata/labels", "value": {"step": to}}])
+    };
+    let node = cluster.admin.get(&path).await?.is(200)?;
+    let node = cluster.admin.patch(&path, JSON, &patch("uid", &node["metadata"]["uid"], "1")).await?.is(200)?;
+    let other = json!("11111111-2222-3333-4444-555555555555");
+    cluster.admin.patch(&path, JSON, &patch("uid", &other, "2")).await?.refused(422, "Invalid")?;
+    set_step(&cluster.admin, &path, "3").await?;
+    let old = &node["metadata"]["resourceVersion"];
+    cluster.admin.patch(&path, JSON, &patch("resourceVersion", old, "4")).await?.refused(422, "Invalid")?;
+    ensure!(step(&json!({"object": cluster.admin.get(&path).await?.is(200)?})) == "3", "a refused patch was made");
+    // Somebody may write in between, but not every time.
+    for _ in 0..20 {
+        let now = cluster.admin.get(&path).await?.is(200)?;
+        let now = &now["metadata"]["resourceVersion"];
+        let answer = cluster.admin.patch(&path, JSON, &patch("resourceVersion", now, "5")).await?;
+        if answer.code != 422 {
+            return answer.is(200).map(drop);
+        }
+    }
+    anyhow::bail!("the version that was read is never the node's")
 }
 
 async fn a_patch_of_another_version_or_uid_refused(cluster: &Cluster) -> Result<()> {
@@ -706,6 +807,72 @@ async fn a_deleted_pod_stays_until_its_time_is_over(cluster: &Cluster) -> Result
     let still = cluster.admin.get(&path).await?.is(200)?;
     ensure!(still["metadata"]["deletionTimestamp"].is_string(), "{still:#}");
     cluster.admin.delete_now(&path).await
+}
+
+/// An eviction as `ccnode drain-holders` asks for it.
+fn eviction(version: &str, pod: &str, uid: &Value) -> Value {
+    json!({
+        "apiVersion": version, "kind": "Eviction", "metadata": {"name": pod},
+        "deleteOptions": {"preconditions": {"uid": uid}},
+    })
+}
+
+async fn a_pod_that_a_budget_needs_is_not_evicted_before_it_may_be(cluster: &Cluster) -> Result<()> {
+    let namespace = cluster.namespace().await?;
+    let (_, node) = cluster.node(&[]).await?;
+    await_default_account(cluster, &namespace).await?;
+    let pods = format!("/api/v1/namespaces/{namespace}/pods");
+    let made = cluster.admin.post(&pods, &pod("component", &node)).await?.is(201)?;
+    let path = format!("{pods}/component");
+    let eviction = eviction(cluster.policy(), "component", &made["metadata"]["uid"]);
+    let evict = async || cluster.admin.post(&format!("{path}/eviction"), &eviction).await;
+    // There is no kubelet to say so. One that does not run yet is nobody's loss.
+    let runs = json!({"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}});
+    cluster.admin.patch(&format!("{path}/status"), STRATEGIC, &runs).await?.is(200)?;
+    cluster.forbid_disruptions(&namespace, "component", "component").await?;
+    for _ in 0..2 {
+        let refused = evict().await?.refused(429, "TooManyRequests")?;
+        ensure!(
+            refused["message"] == "Cannot evict pod as it would violate the pod's disruption budget.",
+            "{refused:#}"
+        );
+        let needed = format!("The disruption budget {} needs 1 healthy pods and has 1 currently", budget("component"));
+        ensure!(
+            refused["details"]["causes"] == json!([{"reason": "DisruptionBudget", "message": needed}]),
+            "{refused:#}"
+        );
+        ensure!(refused["details"]["retryAfterSeconds"].is_null(), "{refused:#}");
+    }
+    let stays = cluster.admin.get(&path).await?.is(200)?;
+    ensure!(stays["metadata"]["deletionTimestamp"].is_null(), "{stays:#}");
+    cluster.allow_disruptions(&namespace, "component").await?;
+    // The server may not have heard of it yet.
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let answer = loop {
+        let answer = evict().await?;
+        if answer.code != 429 || tokio::time::Instant::now() > deadline {
+            break answer;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    ensure!(answer.is(201)?["status"] == "Success", "the eviction is no success");
+    let ends = cluster.admin.get(&path).await?.is(200)?;
+    ensure!(ends["metadata"]["deletionTimestamp"].is_string(), "{ends:#}");
+    Ok(())
+}
+
+/// Another pod may have the name by now. 1.20.2 tries it again and again, and takes ten seconds for the answer.
+async fn an_eviction_of_another_uid_is_a_conflict(cluster: &Cluster) -> Result<()> {
+    let namespace = cluster.namespace().await?;
+    let (_, node) = cluster.node(&[]).await?;
+    await_default_account(cluster, &namespace).await?;
+    let pods = format!("/api/v1/namespaces/{namespace}/pods");
+    cluster.admin.post(&pods, &pod("component", &node)).await?.is(201)?;
+    let other = eviction(cluster.policy(), "component", &json!("11111111-2222-3333-4444-555555555555"));
+    cluster.admin.post(&format!("{pods}/component/eviction"), &other).await?.refused(409, "Conflict")?;
+    let stays = cluster.admin.get(&format!("{pods}/component")).await?.is(200)?;
+    ensure!(stays["metadata"]["deletionTimestamp"].is_null(), "{stays:#}");
+    Ok(())
 }
 
 async fn evictions_are_of_policy_v1(cluster: &Cluster) -> Result<()> {

@@ -205,7 +205,12 @@ impl Api {
     }
 
     pub(crate) async fn watch(&self, path: &str) -> Result<Watch> {
-        let response = self.request(Request::get(path).body(Vec::new())?).await?;
+        self.watch_as(path, "application/json").await
+    }
+
+    /// The same, of objects in a form of one's choice.
+    pub(crate) async fn watch_as(&self, path: &str, form: &str) -> Result<Watch> {
+        let response = self.request(Request::get(path).header("accept", form).body(Vec::new())?).await?;
         let code = response.status();
         ensure!(code == StatusCode::OK, "{path}: {code}");
         Ok(Watch { body: response.into_body(), read: Vec::new() })
@@ -263,6 +268,11 @@ pub(crate) struct Account {
     namespace: String,
     name: String,
     token: String,
+}
+
+/// The name of the disruption budget that is made for a pod.
+pub(crate) fn budget(pod: &str) -> String {
+    format!("{pod}-budget")
 }
 
 /// What an account has asked, from our server's audit log: verb and resource, the code of a refusal, and how often.
@@ -518,6 +528,45 @@ impl Cluster {
             Back::Real { .. } => bail!("a foreign cluster is not ours to restart"),
         }
         Ok(())
+    }
+
+    /// The group version of evictions and disruption budgets.
+    pub(crate) fn policy(&self) -> &'static str {
+        if self.minor < 22 { "policy/v1beta1" } else { "policy/v1" }
+    }
+
+    /// A disruption budget by which all pods of this label are needed, of which there is one that is ready.
+    pub(crate) async fn forbid_disruptions(&self, namespace: &str, app: &str, pod: &str) -> Result<()> {
+        if let Some(server) = self.server() {
+            server.block_eviction(namespace, pod, None, None);
+            return Ok(());
+        }
+        let place = self.budgets(namespace);
+        let path = format!("{place}/{}", budget(pod));
+        let budget = json!({
+            "metadata": {"name": budget(pod)},
+            "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": app}}},
+        });
+        self.admin.post(&place, &budget).await?.is(201)?;
+        // Until the controller has counted the pods, evictions are refused for another reason.
+        let is_counted = |found: &Value| {
+            found["status"]["observedGeneration"] == found["metadata"]["generation"]
+                && found["status"]["currentHealthy"] == 1
+        };
+        self.admin.until(&path, |answer| is_counted(&answer.body).then_some(())).await
+    }
+
+    /// Disruptions of the pod are allowed again.
+    pub(crate) async fn allow_disruptions(&self, namespace: &str, pod: &str) -> Result<()> {
+        if let Some(server) = self.server() {
+            server.allow_evictions();
+            return Ok(());
+        }
+        self.admin.delete_now(&format!("{}/{}", self.budgets(namespace), budget(pod))).await
+    }
+
+    fn budgets(&self, namespace: &str) -> String {
+        format!("/apis/{}/namespaces/{namespace}/poddisruptionbudgets", self.policy())
     }
 
     /// Waits until the server is there again.
