@@ -61,8 +61,8 @@ async fn changes(
 }
 
 fn start(hardware: &Hardware, account: &Account, namespace: &str, components: &Components) -> Result<Agent> {
-    let look = components.look();
-    hardware.start(Start { kubeconfig: &account.kubeconfig, node: NODE, namespace, answer: PATIENCE, look })
+    let (look, ended) = (components.look(), agent::nobody_is_told());
+    hardware.start(Start { kubeconfig: &account.kubeconfig, node: NODE, namespace, answer: PATIENCE, look, ended })
 }
 
 #[test]
@@ -194,6 +194,7 @@ fn a_verb_that_the_chart_lacks_is_named_and_the_change_is_made_once_it_is_there(
                 namespace: &namespace,
                 answer: PATIENCE,
                 look: Arc::new(|| Ok(())),
+                ended: agent::nobody_is_told(),
             })?;
             // Events are told beside the change, and nothing waits for them.
             let is_needed = missing.resources[0] != "events";

@@ -1,6 +1,6 @@
 //! Faults between cc-manager and a real API server, at every request of a change and in every watch: the node gets where it is to
-//! be once the fault is over. A proxy in front of the real server makes them. The components that a change pauses are there:
-//! DaemonSets, whose pods the real controller deletes and makes anew.
+//! be once the fault is over, and no label is ever false. A proxy in front of the real server makes them. The components that a
+//! change pauses are there: DaemonSets, whose pods the real controller deletes and makes anew.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
@@ -8,297 +8,143 @@
 mod agent;
 #[path = "real_kube/operator.rs"]
 mod operator;
+#[path = "real_kube/proxy.rs"]
+mod proxy;
 mod real_kube;
+#[path = "real_kube/truth.rs"]
+mod truth;
 
-use std::io;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use agent::{Hardware, Start};
+use agent::parts::{Change, ROUND_TRIP, ready_state};
+use agent::{Agent, Hardware, Start};
 use anyhow::{Context, Result, ensure};
-use futures::StreamExt;
+use futures::future::try_join_all;
 use gpu_firmware::Mode;
-use http::{Request, Response, header};
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::{Bytes, Frame, Incoming};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use http::Method;
 use lab_kube::api_server::Rule;
 use node_object::annotations;
 use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
-use operator::Components;
-use real_kube::{Cluster, MERGE, run, script};
+use operator::{Components, want};
+use proxy::{Fault, Proxy, Stale, Strike};
+use real_kube::{Cluster, MERGE, PATIENCE, run, script};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::runtime::Handle;
+use truth::Truth;
 
-/// What happens to a request.
+/// What happens to a request, or while it waits for its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    /// The connection is cut before the server hears of it.
-    CutBefore,
-    /// The connection is cut after the server has done it.
-    CutAfter,
-    /// The server does not hear of it, and this is the answer.
-    Status(u16),
-    /// It is never answered, and the server has not heard of it.
-    NoAnswerBefore,
-    /// It is never answered, though the server has done it.
-    NoAnswerAfter,
-    /// The answer ends after so many bytes.
-    CutBody(usize),
-    /// This many requests from here on are cut.
-    Away(usize),
-    /// This many watches are cut before their first event, or after the first piece of one.
-    WatchesCut(usize, usize),
-    /// This many watches are refused with this code.
-    WatchesRefused(usize, u16),
-    /// This many watches begin, and tell that their version is too old.
-    WatchesGone(usize),
-    /// Whatever this many watches tell is late.
-    WatchesSlow(usize),
+enum Kind {
+    /// This happens to so many requests from this one on.
+    Fault(Fault, usize),
+    /// Every running watch ends in order.
+    WatchesClosed,
+    /// Every connection is cut.
+    ConnectionsCut,
+    /// The server goes away and comes back.
+    Away,
+    /// Watches from before this moment get 410, and every running one is cut.
+    Compacted,
+    /// The node is deleted, and made again under another UID by its kubelet, with these of its labels.
+    Recreated(Kept),
 }
 
-impl Fault {
-    /// Whether it is for watches alone.
-    fn is_of_watches(self) -> bool {
-        matches!(self, Self::WatchesCut(..) | Self::WatchesRefused(..) | Self::WatchesGone(_) | Self::WatchesSlow(_))
-    }
-
-    /// How many requests in a row it concerns.
-    fn length(self) -> usize {
-        match self {
-            Self::Away(count)
-            | Self::WatchesCut(count, _)
-            | Self::WatchesRefused(count, _)
-            | Self::WatchesGone(count)
-            | Self::WatchesSlow(count) => count,
-            _ => 1,
-        }
-    }
+/// What a node keeps of its labels when it is made again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// The wanted mode, which somebody sets anew.
+    Mode,
+    /// All, as from a backup.
+    All,
 }
 
-/// How late a slow watch is.
-const LATE: Duration = Duration::from_millis(500);
+const fn once(fault: Fault) -> Kind {
+    Kind::Fault(fault, 1)
+}
 
-const FAULTS_OF_WATCHES: [Fault; 7] = [
-    Fault::WatchesCut(3, 0),
-    Fault::WatchesCut(3, 40),
-    Fault::WatchesRefused(3, 410),
-    Fault::WatchesRefused(3, 429),
-    Fault::WatchesRefused(3, 500),
-    Fault::WatchesGone(3),
-    Fault::WatchesSlow(10),
+const fn status(code: u16) -> Fault {
+    Fault::Status { code, retry_after: None }
+}
+
+/// Those of any request.
+const KINDS: [Kind; 19] = [
+    once(Fault::CutBefore),
+    once(Fault::CutAfter),
+    once(status(409)),
+    once(status(410)),
+    once(status(429)),
+    once(status(500)),
+    once(status(503)),
+    Kind::Fault(status(503), 7),
+    Kind::Fault(Fault::CutBefore, 5),
+    once(Fault::SlowBody(200, Duration::from_millis(1))),
+    once(Fault::CutBody(100)),
+    once(Fault::NoAnswerBefore),
+    once(Fault::NoAnswerAfter),
+    Kind::WatchesClosed,
+    Kind::ConnectionsCut,
+    Kind::Away,
+    Kind::Compacted,
+    Kind::Recreated(Kept::Mode),
+    Kind::Recreated(Kept::All),
 ];
 
-const FAULTS: [Fault; 11] = [
-    Fault::CutBefore,
-    Fault::CutAfter,
-    Fault::Status(409),
-    Fault::Status(410),
-    Fault::Status(429),
-    Fault::Status(500),
-    Fault::Status(503),
-    Fault::NoAnswerBefore,
-    Fault::NoAnswerAfter,
-    Fault::CutBody(100),
-    Fault::Away(5),
+/// Those of watches alone.
+const KINDS_OF_WATCHES: [Kind; 12] = [
+    Kind::Fault(Fault::WatchCut(0), 3),
+    Kind::Fault(Fault::WatchCut(1), 3),
+    Kind::Fault(Fault::WatchTorn, 3),
+    Kind::Fault(Fault::WatchGone, 3),
+    Kind::Fault(status(410), 3),
+    Kind::Fault(Fault::Status { code: 429, retry_after: Some(1) }, 1),
+    Kind::Fault(status(429), 3),
+    Kind::Fault(status(500), 3),
+    Kind::Fault(Fault::WatchLate(Duration::from_millis(500)), 10),
+    once(Fault::StaleBookmark(0, Stale::BeforeTheChange)),
+    once(Fault::StaleBookmark(1, Stale::BeforeTheChange)),
+    once(Fault::StaleBookmark(1, Stale::OneBefore)),
 ];
 
-/// What the proxy has seen and is to do.
-#[derive(Default)]
-struct Plan {
-    seen: usize,
-    watches: usize,
-    fault: Option<(usize, Fault)>,
-    struck: usize,
+/// How long an answer is waited for that never comes. The server itself takes a tenth of it at most.
+const NO_ANSWER: Duration = Duration::from_secs(1);
+
+/// How long the server is away, in which an agent tries it again.
+const AWAY: Duration = Duration::from_millis(100);
+
+/// Time for what comes after the result: events.
+const AFTERWARDS: Duration = Duration::from_millis(300);
+
+/// What happens at the request of this number, counted among watches if `of_watches`.
+#[derive(Clone, Copy, Debug)]
+struct Point {
+    kind: Kind,
+    number: usize,
+    of_watches: bool,
 }
 
-impl Plan {
-    /// What is to happen to the next request.
-    fn next(&mut self, is_watch: bool) -> Option<Fault> {
-        let (number, watch) = (self.seen, self.watches);
-        self.seen += 1;
-        self.watches += usize::from(is_watch);
-        let (first, fault) = self.fault?;
-        let number = match (fault.is_of_watches(), is_watch) {
-            (true, false) => return None,
-            (true, true) => watch,
-            (false, _) => number,
+impl Point {
+    /// What the proxy is to do for it.
+    fn strike(self) -> Strike {
+        let Self { kind, number: first, of_watches } = self;
+        let (fault, times) = match kind {
+            Kind::Fault(fault, times) => (fault, times),
+            _ => (Fault::Held, 1),
         };
-        (first..first + fault.length()).contains(&number).then(|| {
-            self.struck += 1;
-            fault
-        })
-    }
-}
-
-type Body = UnsyncBoxBody<Bytes, io::Error>;
-
-fn cut() -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionAborted, "Cut by the test")
-}
-
-/// Passes requests on, with whatever token they carry.
-struct Proxy {
-    plan: Arc<Mutex<Plan>>,
-    address: SocketAddr,
-    /// Every watch that is open when this changes is cut.
-    cut: watch::Sender<()>,
-}
-
-impl Proxy {
-    async fn start(cluster: &Cluster) -> Result<Self> {
-        let server = cluster.anonymous().await?.client();
-        let plan: Arc<Mutex<Plan>> = Arc::default();
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let address = listener.local_addr()?;
-        let (planned, cut) = (Arc::clone(&plan), watch::Sender::new(()));
-        let cuts = cut.clone();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let (server, plan, cuts) = (server.clone(), Arc::clone(&planned), cuts.clone());
-                let service = service_fn(move |request| {
-                    let is_watch = is_watch(&request);
-                    let fault = plan.lock().unwrap_or_else(PoisonError::into_inner).next(is_watch);
-                    pass(server.clone(), request, fault, is_watch.then(|| cuts.subscribe()))
-                });
-                tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
-            }
-        });
-        Ok(Self { plan, address, cut })
+        Strike { fault, first, times, of_watches }
     }
 
-    /// Cuts every watch that is open.
-    fn cut_watches(&self) {
-        self.cut.send_replace(());
-    }
-
-    fn plan(&self) -> std::sync::MutexGuard<'_, Plan> {
-        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Counts from here, and lets this happen.
-    fn arm(&self, fault: Option<(usize, Fault)>) {
-        *self.plan() = Plan { fault, ..Plan::default() };
-    }
-
-    /// The kubeconfig of whoever is to go through it.
-    fn kubeconfig(&self, of: &str) -> Result<String> {
-        let mut file: Value = serde_json::from_str(of)?;
-        file["clusters"][0]["cluster"] = json!({"server": format!("http://{}", self.address)});
-        Ok(file.to_string())
-    }
-}
-
-fn is_watch<T>(request: &Request<T>) -> bool {
-    request.uri().query().is_some_and(|query| query.split('&').any(|part| part == "watch=true"))
-}
-
-/// The answer of a server that has forgotten a version, or wants nobody at the moment.
-fn status(code: u16) -> Value {
-    json!({
-        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code,
-        "message": "Made by the test", "reason": if code == 410 { "Expired" } else { "" },
-    })
-}
-
-/// A whole answer of our own.
-fn answer(code: u16, content: &Value) -> Result<Response<Body>, io::Error> {
-    let body = Full::from(format!("{content}\n")).map_err(|never| match never {}).boxed_unsync();
-    Response::builder()
-        .status(code)
-        .header(header::CONTENT_TYPE, "application/json")
-        .body(body)
-        .map_err(io::Error::other)
-}
-
-async fn pass(
-    server: kube::Client,
-    request: Request<Incoming>,
-    fault: Option<Fault>,
-    cuts: Option<watch::Receiver<()>>,
-) -> Result<Response<Body>, io::Error> {
-    match fault {
-        Some(Fault::CutBefore | Fault::Away(_)) => return Err(cut()),
-        Some(Fault::NoAnswerBefore) => std::future::pending().await,
-        Some(Fault::Status(code) | Fault::WatchesRefused(_, code)) => return answer(code, &status(code)),
-        Some(Fault::WatchesGone(_)) => return answer(200, &json!({"type": "ERROR", "object": status(410)})),
-        _ => {}
-    }
-    let (parts, body) = request.into_parts();
-    let bytes = body.collect().await.map_err(io::Error::other)?.to_bytes();
-    let mut passed = Request::builder().method(parts.method).uri(parts.uri);
-    for name in [header::AUTHORIZATION, header::ACCEPT, header::CONTENT_TYPE, header::USER_AGENT] {
-        if let Some(value) = parts.headers.get(&name) {
-            passed = passed.header(name, value);
+    /// How long the agent waits for an answer.
+    fn answer(self) -> Duration {
+        match self.kind {
+            Kind::Fault(Fault::NoAnswerBefore | Fault::NoAnswerAfter, _) => NO_ANSWER,
+            _ => PATIENCE,
         }
     }
-    let passed = passed.body(kube::client::Body::from(bytes.to_vec())).map_err(io::Error::other)?;
-    let answer = server.send(passed).await.map_err(io::Error::other)?;
-    match fault {
-        Some(Fault::CutAfter) => return Err(cut()),
-        Some(Fault::NoAnswerAfter) => std::future::pending().await,
-        _ => {}
-    }
-    let (parts, body) = answer.into_parts();
-    let mut response = Response::builder().status(parts.status);
-    if let Some(kind) = parts.headers.get(header::CONTENT_TYPE) {
-        response = response.header(header::CONTENT_TYPE, kind);
-    }
-    let body = body.map_err(io::Error::other).boxed_unsync();
-    let body = match (fault, cuts) {
-        (Some(Fault::CutBody(length)), _) => cut_after(body_start(body, length).await?),
-        // Nothing comes of a watch before there is an event: it is cut at once.
-        (Some(Fault::WatchesCut(_, 0)), _) => cut_after(Bytes::new()),
-        (Some(Fault::WatchesCut(_, length)), _) => {
-            let first = async move { Ok(Frame::data(body_start(body, length).await?)) };
-            let parts = futures::stream::once(first).chain(futures::stream::once(async { Err(cut()) }));
-            StreamBody::new(parts).boxed_unsync()
-        }
-        (fault, Some(cuts)) => watched(body, cuts, matches!(fault, Some(Fault::WatchesSlow(_)))),
-        _ => body,
-    };
-    response.body(body).map_err(io::Error::other)
 }
-
-/// A body that begins so and is cut.
-fn cut_after(first: Bytes) -> Body {
-    StreamBody::new(futures::stream::iter([Ok(Frame::data(first)), Err(cut())])).boxed_unsync()
-}
-
-/// The body of a watch, until the test cuts it.
-fn watched(body: Body, cuts: watch::Receiver<()>, is_slow: bool) -> Body {
-    let stream = futures::stream::unfold((body, cuts), move |(mut body, mut cuts)| async move {
-        let next = async {
-            let frame = body.frame().await;
-            if is_slow {
-                tokio::time::sleep(LATE).await;
-            }
-            frame
-        };
-        // A cut is never late.
-        let frame = tokio::select! {
-            biased;
-            Ok(()) = cuts.changed() => Err(cut()),
-            frame = next => frame?,
-        };
-        Some((frame, (body, cuts)))
-    });
-    StreamBody::new(stream).boxed_unsync()
-}
-
-/// The first bytes of a body, as far as its first piece has them.
-async fn body_start(mut body: Body, length: usize) -> Result<Bytes, io::Error> {
-    let frame = body.frame().await.transpose()?.and_then(|frame| frame.into_data().ok()).unwrap_or_default();
-    Ok(frame.slice(..frame.len().min(length)))
-}
-
-/// How long an answer is waited for that never comes.
-const NO_ANSWER: Duration = Duration::from_secs(2);
 
 struct World {
     cluster: Cluster,
@@ -309,6 +155,16 @@ struct World {
     node: String,
     path: String,
     components: Components,
+    truth: Truth,
+    boot: RefCell<String>,
+    /// The version at which the last change was asked for.
+    before: Cell<u64>,
+    /// The node was made again while it changed: the components may be back already.
+    is_made_again: Arc<AtomicBool>,
+}
+
+fn version_of(object: &Value) -> Result<u64> {
+    object["metadata"]["resourceVersion"].as_str().context("no version")?.parse().context("the version")
 }
 
 impl World {
@@ -321,52 +177,207 @@ impl World {
         components.until_running(true).await?;
         let proxy = Proxy::start(&cluster).await?;
         let kubeconfig = proxy.kubeconfig(&account.kubeconfig)?;
-        Ok(Self { cluster, proxy, hardware: Hardware::new()?, kubeconfig, namespace, node, path, components })
+        let hardware = Hardware::new()?;
+        let boot = hardware.boot()?;
+        let truth = Truth::watch(&cluster.admin, &node, &boot).await?;
+        let world = Self {
+            cluster,
+            proxy,
+            hardware,
+            kubeconfig,
+            namespace,
+            node,
+            path,
+            components,
+            truth,
+            boot: RefCell::new(boot),
+            before: Cell::new(1),
+            is_made_again: Arc::default(),
+        };
+        Ok(world)
     }
 
-    fn start(&self) -> Result<agent::Agent> {
+    /// The same, once an agent has found it so.
+    async fn settled() -> Result<Self> {
+        let world = Self::new().await?;
+        world.change(Change { to: Mode::Off, is_new_boot: false }, None).await.context("at the start")?;
+        Ok(world)
+    }
+
+    /// Starts an agent that waits this long for an answer.
+    fn start(&self, answer: Duration) -> Result<Agent> {
+        let (runtime, api, quiet) = (Handle::current(), self.cluster.admin.clone(), self.components.quiet());
+        let (witness, is_made_again) = (self.truth.witness(), Arc::clone(&self.is_made_again));
+        let look = move || {
+            runtime.block_on(async {
+                witness.begin().await?;
+                if is_made_again.load(Ordering::SeqCst) { Ok(()) } else { quiet.is_so(&api).await }
+            })
+        };
+        let (runtime, witness) = (Handle::current(), self.truth.witness());
         self.hardware.start(Start {
             kubeconfig: &self.kubeconfig,
             node: &self.node,
             namespace: &self.namespace,
-            answer: NO_ANSWER,
-            look: self.components.look(),
+            answer,
+            look: Arc::new(look),
+            ended: Arc::new(move |mode| runtime.block_on(witness.end(mode))),
         })
     }
 
-    async fn want(&self, mode: Mode) -> Result<()> {
-        let labels = json!({"metadata": {"labels": {CC_MODE: mode.as_str()}}});
-        self.cluster.admin.patch(&self.path, MERGE, &labels).await?.is(200).map(drop)
+    /// Asks for a change; the version from which on the node says so.
+    async fn prepare(&self, Change { to, is_new_boot }: Change) -> Result<u64> {
+        self.is_made_again.store(false, Ordering::SeqCst);
+        if is_new_boot {
+            let boot = self.hardware.boot()?;
+            self.truth.witness().booted(&boot).await?;
+            self.boot.replace(boot);
+        }
+        self.want(to).await
     }
 
-    async fn until_settled(&self, mode: Mode) -> Result<()> {
-        self.components.until_settled(mode).await?;
+    async fn want(&self, mode: Mode) -> Result<u64> {
+        want(&self.cluster.admin, &self.node, Some(mode)).await?;
+        version_of(&self.cluster.admin.get(&self.path).await?.is(200)?)
+    }
+
+    /// Waits until the node is in a mode and says so, after a version, with its components at work.
+    async fn until_settled(&self, mode: Mode, version: u64) -> Result<()> {
+        let boot = self.boot.borrow().clone();
         let is_so = |node: &Value| {
-            let status: Value = node["metadata"]["annotations"][annotations::CC_STATUS]
+            let (labels, noted) = (&node["metadata"]["labels"], &node["metadata"]["annotations"]);
+            let status: Value = noted[annotations::CC_STATUS]
                 .as_str()
                 .and_then(|text| serde_json::from_str(text).ok())
                 .unwrap_or_default();
-            (&status["wanted"], &status["result"]) == (&mode.as_str().into(), &"applied".into())
+            labels[CC_MODE_STATE] == mode.as_str()
+                && labels[CC_READY_STATE] == ready_state(mode)
+                && self.components.are_wanted(node)
+                && noted[annotations::TRANSITION].is_null()
+                && (&status["wanted"], &status["result"]) == (&mode.as_str().into(), &"applied".into())
+                && status["nodeUid"] == node["metadata"]["uid"]
+                && status["bootId"] == *boot
         };
-        self.cluster.admin.until(&self.path, |answer| is_so(&answer.body).then_some(())).await?;
-        self.hardware.is_in(mode)
+        let node = self.truth.until(version, is_so).await.with_context(|| format!("not in mode {mode}"))?;
+        self.components.until_running(true).await.context("the components do not come back")?;
+        self.hardware.is_in(mode)?;
+        self.hardware.is_noted_in(mode, node["metadata"]["uid"].as_str())
     }
 
-    /// Makes a change by an agent that is started for it; what its requests meet is in the plan.
-    async fn change(&self, mode: Mode) -> Result<()> {
-        self.want(mode).await?;
-        let agent = self.start()?;
-        let settled = self.until_settled(mode).await;
+    /// The agent that has settled the node still follows it: it puts back what somebody takes away.
+    async fn is_still_followed(&self, mode: Mode) -> Result<()> {
+        let patch = json!({"metadata": {"annotations": {annotations::CC_STATUS: null}}});
+        let node = self.cluster.admin.patch(&self.path, MERGE, &patch).await?.is(200)?;
+        self.until_settled(mode, version_of(&node)?).await.context("nobody puts the status back")
+    }
+
+    /// Makes a change by an agent that is started for it. Tells how many requests and watches it took, in peace, or met the fault.
+    async fn change(&self, change: Change, point: Option<Point>) -> Result<[usize; 2]> {
+        let stale = self.before.replace(self.truth.version());
+        self.proxy.arm(point.map(Point::strike), stale);
+        let version = self.prepare(change).await?;
+        let agent = self.start(point.map_or(PATIENCE, Point::answer))?;
+        let made = self.made(change.to, point, version).await;
+        self.proxy.arm(None, 0);
+        self.proxy.set_down(false);
+        self.proxy.release();
         let log = agent.log();
         agent.end().await?;
-        settled.with_context(|| log)
+        let (made, verdict) = (made.with_context(|| log), self.truth.verdict().await);
+        let made = made?;
+        verdict.map(|()| made)
     }
 
-    async fn label_never_lies(&self) -> Result<()> {
-        let node = self.cluster.admin.get(&self.path).await?.is(200)?;
-        let labels = &node["metadata"]["labels"];
-        ensure!(labels[CC_READY_STATE] != "true" || labels[CC_MODE_STATE] == "on", "{labels:#}");
-        Ok(())
+    async fn made(&self, mode: Mode, point: Option<Point>, version: u64) -> Result<[usize; 2]> {
+        let mut version = version;
+        match point.map(|point| point.kind) {
+            None => {
+                self.until_settled(mode, version).await?;
+                tokio::time::sleep(AFTERWARDS).await;
+                return Ok(self.proxy.seen());
+            }
+            Some(Kind::Fault(..)) => {}
+            Some(kind) => {
+                let is_held = tokio::select! {
+                    biased;
+                    () = self.proxy.until_held() => true,
+                    settled = self.until_settled(mode, version) => {
+                        settled?;
+                        tokio::time::timeout(AFTERWARDS, self.proxy.until_held()).await.is_ok()
+                    }
+                };
+                if is_held {
+                    version = self.act(kind, mode, version).await?;
+                } else {
+                    // What comes next is not of the change.
+                    self.proxy.arm(None, 0);
+                }
+            }
+        }
+        self.until_settled(mode, version).await?;
+        self.is_still_followed(mode).await?;
+        // Whoever waits for ever does not see what comes next.
+        self.proxy.until_given_up().await?;
+        Ok([self.proxy.struck(); 2])
+    }
+
+    /// Lets something happen while a request is held, and lets that go on. Returns the version from which on the node has settled.
+    async fn act(&self, kind: Kind, mode: Mode, version: u64) -> Result<u64> {
+        let version = match kind {
+            Kind::Fault(..) => version,
+            Kind::WatchesClosed => {
+                self.proxy.close_watches();
+                version
+            }
+            Kind::ConnectionsCut => {
+                self.proxy.cut_connections();
+                version
+            }
+            Kind::Away => {
+                self.proxy.set_down(true);
+                tokio::time::sleep(AWAY).await;
+                self.proxy.set_down(false);
+                version
+            }
+            Kind::Compacted => {
+                let list =
+                    self.cluster.admin.get("/api/v1/nodes?fieldSelector=metadata.name%3Dnobody").await?.is(200)?;
+                self.proxy.compact(version_of(&list)?);
+                version
+            }
+            Kind::Recreated(kept) => self.make_again(kept, mode).await?,
+        };
+        self.proxy.release();
+        if let Kind::Recreated(_) = kind {
+            self.components.label_where_absent().await?;
+        }
+        Ok(version)
+    }
+
+    /// Deletes the node, and makes it again as its kubelet would.
+    async fn make_again(&self, kept: Kept, mode: Mode) -> Result<u64> {
+        self.is_made_again.store(true, Ordering::SeqCst);
+        let admin = &self.cluster.admin;
+        let labels = loop {
+            let node = admin.get(&self.path).await?.is(200)?;
+            let metadata = &node["metadata"];
+            // What it has said last, and nothing older, is kept.
+            let options = json!({"preconditions": {"resourceVersion": metadata["resourceVersion"]}});
+            let headers = [("content-type", "application/json")];
+            let answer = admin.ask(Method::DELETE, &self.path, &headers, options.to_string().into_bytes()).await?;
+            if answer.code != 409 {
+                answer.is(200)?;
+                break metadata["labels"].clone();
+            }
+        };
+        let labels = match kept {
+            Kept::All => labels,
+            Kept::Mode => {
+                json!(self.components.place().into_iter().chain([(CC_MODE, mode.as_str())]).collect::<BTreeMap<_, _>>())
+            }
+        };
+        let node = json!({"metadata": {"name": self.node, "labels": labels}, "status": Components::room()});
+        version_of(&admin.post("/api/v1/nodes", &node).await?.is(201)?)
     }
 
     async fn end(self) -> Result<()> {
@@ -375,61 +386,99 @@ impl World {
     }
 }
 
-/// Every fault at every request of a kind, in each of two changes. Most of it is waiting: one half is done beside the other, on a
-/// node of its own.
-async fn matrix(faults: &[Fault], count: impl Fn(&Plan) -> usize) -> Result<()> {
-    // Neighbours in the list take as long.
-    let half = |first| faults.iter().copied().skip(first).step_by(2).collect::<Vec<_>>();
-    let (even, odd) = (half(0), half(1));
-    futures::try_join!(part(&even, &count), part(&odd, &count)).map(drop)
+/// What has come of all.
+#[derive(Default)]
+struct Counts {
+    struck: usize,
+    looks: usize,
+    failures: Vec<String>,
+    /// How long each kind took.
+    took: BTreeMap<String, Vec<Duration>>,
 }
 
-async fn part(faults: &[Fault], count: impl Fn(&Plan) -> usize) -> Result<()> {
-    let world = World::new().await?;
-    let modes = [Mode::On, Mode::Off];
-    let mut requests = Vec::new();
-    // Once from nothing, and then each change in peace, to count what there is to strike.
-    world.change(Mode::Off).await.context("at the start")?;
-    for mode in modes {
-        world.proxy.arm(None);
-        world.change(mode).await.with_context(|| format!("{mode} in peace"))?;
-        requests.push(count(&world.proxy.plan()));
+impl Counts {
+    /// Notes a failure; so many are enough.
+    fn failed(&mut self, failure: String) -> Result<()> {
+        self.failures.push(failure);
+        ensure!(self.failures.len() < 5, "{:#?}", self.failures);
+        Ok(())
     }
-    println!("requests of each change: {requests:?}");
-    let (mut struck, mut failures) = (0, Vec::new());
-    for fault in faults.iter().copied() {
-        for number in 0..requests.iter().copied().max().unwrap_or_default() {
-            for mode in modes {
-                world.proxy.arm(Some((number, fault)));
-                let made = world.change(mode).await;
-                struck += usize::from(world.proxy.plan().struck > 0);
-                if let Err(error) = made {
-                    failures.push(format!("{mode}, {fault:?} at {number}: {error:#}"));
-                    ensure!(failures.len() < 5, "{failures:#?}");
-                    world.proxy.arm(None);
-                    world.change(mode).await.context("in peace, after a failure")?;
+}
+
+/// How many nodes change side by side: most of it is waiting.
+const NODES: usize = 8;
+
+/// Every kind at every request of each change, in turns that lead back to where they began.
+async fn matrix() -> Result<()> {
+    let worlds = try_join_all((0..NODES).map(|_| World::settled())).await?;
+    let mut extents = Vec::new();
+    for change in ROUND_TRIP {
+        extents.push(worlds[0].change(change, None).await.with_context(|| format!("{change:?} in peace"))?);
+    }
+    println!("requests and watches of each change: {extents:?}");
+    let most = |of_watches: usize| extents.iter().map(|extent| extent[of_watches]).max().unwrap_or_default();
+    let points = |kinds: &'static [Kind], of_watches: bool| {
+        let numbers = 0..most(usize::from(of_watches));
+        numbers.flat_map(move |number| kinds.iter().map(move |kind| Point { kind: *kind, number, of_watches }))
+    };
+    let todo: VecDeque<Point> = points(&KINDS, false).chain(points(&KINDS_OF_WATCHES, true)).collect();
+    let (todo, counts) = (RefCell::new(todo), RefCell::new(Counts::default()));
+    try_join_all(worlds.iter().map(|world| part(world, &extents, &todo, &counts))).await?;
+    let Counts { struck, looks, failures, took } = counts.into_inner();
+    let changes: usize = took.values().map(Vec::len).sum();
+    for (kind, took) in took {
+        let whole: Duration = took.iter().sum();
+        println!("{:6.1} s for {:3} changes: {kind}", whole.as_secs_f64(), took.len());
+    }
+    println!(
+        "faults: {} kinds at every request and {} in every watch of {} changes = {changes}, {struck} struck, {} failures; \
+         labels and devices compared {looks} times",
+        KINDS.len(),
+        KINDS_OF_WATCHES.len(),
+        ROUND_TRIP.len(),
+        failures.len(),
+    );
+    // Now and then the components' pods are gone before they are watched.
+    ensure!(struck * 10 >= changes * 9, "{struck} struck of {changes}: the plan is not the changes'");
+    ensure!(failures.is_empty(), "{failures:#?}");
+    ensure!(looks > changes, "{looks} looks at {changes} changes");
+    try_join_all(worlds.into_iter().map(World::end)).await.map(drop)
+}
+
+/// Whatever is left to do, as long as there is something.
+async fn part(
+    world: &World,
+    extents: &[[usize; 2]],
+    todo: &RefCell<VecDeque<Point>>,
+    counts: &RefCell<Counts>,
+) -> Result<()> {
+    loop {
+        let Some(point) = todo.borrow_mut().pop_front() else { break };
+        for (change, extent) in ROUND_TRIP.into_iter().zip(extents) {
+            let is_there = point.number < extent[usize::from(point.of_watches)];
+            let begun = Instant::now();
+            let made = world.change(change, Some(point).filter(|_| is_there)).await;
+            if is_there {
+                counts.borrow_mut().took.entry(format!("{:?}", point.kind)).or_default().push(begun.elapsed());
+            }
+            match made {
+                Ok([struck, _]) => counts.borrow_mut().struck += usize::from(is_there && struck > 0),
+                Err(error) => {
+                    counts.borrow_mut().failed(format!("{change:?}, {point:?}: {error:#}"))?;
+                    let again = Change { is_new_boot: false, ..change };
+                    world.change(again, None).await.context("in peace, after a failure")?;
                 }
-                world.label_never_lies().await?;
             }
         }
     }
-    println!("faults: {struck} struck, {} failures", failures.len());
-    let least = requests.iter().sum::<usize>() * faults.len();
-    ensure!(struck * 10 >= least * 8, "{struck} struck of {least}: the plan is not the changes'");
-    ensure!(failures.is_empty(), "{failures:#?}");
-    world.end().await
+    counts.borrow_mut().looks += world.truth.looks();
+    Ok(())
 }
 
 #[test]
 #[ignore = "needs a real API server: hack/test --real-kube"]
-fn whatever_comes_between_it_and_a_real_server_the_node_gets_there() -> Result<()> {
-    run(matrix(&FAULTS, |plan| plan.seen))
-}
-
-#[test]
-#[ignore = "needs a real API server: hack/test --real-kube"]
-fn whatever_becomes_of_the_watches_of_a_change_the_node_gets_there() -> Result<()> {
-    run(matrix(&FAULTS_OF_WATCHES, |plan| plan.watches))
+fn whatever_comes_between_it_and_a_real_server_the_node_gets_there_and_never_lies() -> Result<()> {
+    run(matrix())
 }
 
 #[test]
@@ -437,20 +486,23 @@ fn whatever_becomes_of_the_watches_of_a_change_the_node_gets_there() -> Result<(
 fn an_agent_whose_watch_is_cut_and_cut_again_still_follows_its_node() -> Result<()> {
     run(async {
         let world = World::new().await?;
-        let agent = world.start()?;
-        world.until_settled(Mode::Off).await?;
-        for fault in FAULTS_OF_WATCHES {
+        let agent = world.start(PATIENCE)?;
+        world.until_settled(Mode::Off, 0).await?;
+        for kind in KINDS_OF_WATCHES {
             for mode in [Mode::On, Mode::Off] {
-                let told = || format!("{mode}, {fault:?}");
-                world.proxy.arm(Some((0, fault)));
-                world.proxy.cut_watches();
-                world.want(mode).await?;
-                world.until_settled(mode).await.with_context(told)?;
-                let struck = world.proxy.plan().struck;
+                let told = || format!("{mode}, {kind:?}");
+                let point = Point { kind, number: 0, of_watches: true };
+                let stale = world.before.replace(world.truth.version());
+                world.proxy.arm(Some(point.strike()), stale);
+                world.proxy.cut_connections();
+                let version = world.want(mode).await?;
+                world.until_settled(mode, version).await.with_context(told)?;
+                let struck = world.proxy.struck();
                 ensure!(struck > 0, "{}: nothing was struck", told());
-                world.label_never_lies().await?;
+                world.truth.verdict().await.with_context(told)?;
             }
         }
+        println!("labels and devices compared {} times", world.truth.looks());
         agent.end().await?;
         world.end().await
     })
@@ -460,20 +512,20 @@ fn an_agent_whose_watch_is_cut_and_cut_again_still_follows_its_node() -> Result<
 #[ignore = "needs a real API server: hack/test --real-kube"]
 fn a_change_asked_for_while_the_server_restarts_is_made_after_it() -> Result<()> {
     run(async {
-        let world = World::new().await?;
-        world.change(Mode::Off).await?;
-        let agent = world.start()?;
-        world.until_settled(Mode::Off).await?;
-        world.want(Mode::On).await?;
+        let world = World::settled().await?;
+        let agent = world.start(PATIENCE)?;
+        world.until_settled(Mode::Off, 0).await?;
+        let version = world.want(Mode::On).await?;
         tokio::task::spawn_blocking(|| script(&["stop", "apiserver", "KILL"])).await??;
         tokio::time::sleep(Duration::from_secs(1)).await;
         tokio::task::spawn_blocking(|| script(&["start", "apiserver"])).await??;
         world.cluster.until_ready().await?;
-        world.until_settled(Mode::On).await?;
+        world.until_settled(Mode::On, version).await?;
         // It still follows: the watch was made anew.
-        world.want(Mode::Off).await?;
-        world.until_settled(Mode::Off).await?;
+        let version = world.want(Mode::Off).await?;
+        world.until_settled(Mode::Off, version).await?;
         agent.end().await?;
+        world.truth.verdict().await?;
         world.end().await
     })
 }

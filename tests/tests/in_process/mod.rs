@@ -17,7 +17,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use agent_core::shutdown::Shutdown;
-use agent_core::state::{DEVICES_FILE, DevicesFile};
 use anyhow::{Context, Result, anyhow, ensure};
 use cc_manager::{DeviceFault, DeviceResult, Firmware};
 use e2e::{mode_bits, vector};
@@ -29,6 +28,7 @@ use lab_kube::api_server::{ApiServer, ApiServerConfig, Fault, FaultAction, Histo
 use node_object::annotations;
 use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
 use parts::virtual_gpu::Gpu;
+pub(crate) use parts::{Change, ROUND_TRIP};
 use parts::{OPERANDS, Parts, RESOURCE, ready_state};
 use serde_json::{Value, json};
 
@@ -363,23 +363,6 @@ pub(crate) enum When {
     BeforeAnswer,
 }
 
-/// What is to become of the node, from what it is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Change {
-    pub(crate) to: Mode,
-    /// The machine was booted anew, with its devices in mode off: nothing that the labels say holds any more.
-    pub(crate) is_new_boot: bool,
-}
-
-/// Changes that lead back to where they begin.
-pub(crate) const ROUND_TRIP: [Change; 5] = [
-    Change { to: Mode::On, is_new_boot: false },
-    Change { to: Mode::On, is_new_boot: true },
-    Change { to: Mode::Off, is_new_boot: false },
-    Change { to: Mode::Devtools, is_new_boot: false },
-    Change { to: Mode::Off, is_new_boot: false },
-];
-
 /// How many requests an agent makes for a change, and how many steps its firmware takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Extent {
@@ -499,12 +482,7 @@ impl World {
         if change.is_new_boot {
             self.boots += 1;
             self.truth.is_this_boot.store(false, Ordering::SeqCst);
-            let boot_id = format!("{:08x}-2222-4333-8444-555555555555\n", self.boots);
-            std::fs::write(self.sysfs.path().join("proc/sys/kernel/random/boot_id"), boot_id)?;
-            std::fs::remove_dir_all(self.state_dir())?;
-            for gpu in &self.gpus {
-                gpu.set(Mode::Off)?;
-            }
+            parts::boot(&self.sysfs, &self.gpus, self.here.path(), self.boots)?;
         }
         self.api.set_label(NODE, CC_MODE, Some(change.to.as_str()))?;
         Ok(())
@@ -639,20 +617,8 @@ impl World {
         };
         self.api.wait_for(PATIENCE, is_settled).with_context(|| format!("not in mode {mode}; {}", self.told()))?;
         parts::are_in(&self.gpus, mode)?;
-        let file: DevicesFile = serde_json::from_slice(&std::fs::read(self.state_dir().join(DEVICES_FILE))?)?;
         let uid = self.api.get("nodes", "", NODE).unwrap_or_default()["metadata"]["uid"].clone();
-        ensure!(file.transition.is_none(), "devices.json tells of a transition");
-        ensure!(file.origin.node_uid.as_deref() == uid.as_str(), "devices.json is of another node");
-        ensure!(
-            file.devices.len() == self.gpus.len()
-                && file
-                    .devices
-                    .iter()
-                    .all(|device| device.usable && device.active_mode.as_deref() == Some(mode.as_str())),
-            "devices.json says {:?}",
-            file.devices
-        );
-        Ok(())
+        parts::are_noted_in(&self.gpus, mode, self.here.path(), uid.as_str())
     }
 
     /// The agent that has settled the node still follows it: it puts back what somebody takes away.

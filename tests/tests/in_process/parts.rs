@@ -6,6 +6,7 @@
 #[path = "../../../crates/gpu-firmware/tests/common/mod.rs"]
 pub(crate) mod virtual_gpu;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +14,10 @@ use std::time::Duration;
 use agent_core::metrics::Metrics;
 use agent_core::readiness::Registry;
 use agent_core::shutdown::Shutdown;
+use agent_core::state::{DEVICES_FILE, DeviceRecord, DevicesFile};
 use anyhow::{Result, ensure};
 use cc_manager::{Controller, DeviceFault, DeviceResult, Firmware, Pausing, Settings, Verified};
-use e2e::{is_in, is_untroubled};
+use e2e::{is_in, is_untroubled, mode_bits, vector};
 use gpu_firmware::{DeviceOutcome, Error, Mode};
 use hw_probe::testing::FakeSysfs;
 use hw_probe::{Bdf, PciFunction, SysRoot, Tee};
@@ -55,6 +57,23 @@ pub(crate) fn ready_state(mode: Mode) -> &'static str {
     }
 }
 
+/// What is to become of the node, from what it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change {
+    pub(crate) to: Mode,
+    /// The machine was booted anew, with its devices in mode off: nothing that the labels say holds any more.
+    pub(crate) is_new_boot: bool,
+}
+
+/// Changes that lead back to where they begin.
+pub(crate) const ROUND_TRIP: [Change; 5] = [
+    Change { to: Mode::On, is_new_boot: false },
+    Change { to: Mode::On, is_new_boot: true },
+    Change { to: Mode::Off, is_new_boot: false },
+    Change { to: Mode::Devtools, is_new_boot: false },
+    Change { to: Mode::Off, is_new_boot: false },
+];
+
 /// Two GPUs in mode off, and the machine that they are in.
 pub(crate) fn two_gpus() -> (FakeSysfs, Vec<Gpu>) {
     let sysfs = FakeSysfs::new();
@@ -75,6 +94,41 @@ pub(crate) fn are_in(gpus: &[Gpu], mode: Mode) -> Result<()> {
         is_untroubled(&name, &status)?;
     }
     Ok(())
+}
+
+/// The mode that every device has booted with, if it is one and the same.
+pub(crate) fn booted_mode(gpus: &[Gpu]) -> Option<Mode> {
+    let has = |mode: Mode| {
+        gpus.iter().all(|gpu| {
+            let status = gpu.status();
+            let word = vector(gpu.kind, mode.as_str()).map(|(word, _)| word);
+            status.boot == BootState::Ready && word == Some(status.status_word & mode_bits(gpu.kind))
+        })
+    };
+    Mode::ALL.into_iter().find(|mode| has(*mode))
+}
+
+/// What an agent has noted on its host of the devices of a node: all are usable in this mode, and nothing is under way.
+pub(crate) fn are_noted_in(gpus: &[Gpu], mode: Mode, place: &Path, node_uid: Option<&str>) -> Result<()> {
+    let file: DevicesFile = serde_json::from_slice(&std::fs::read(state_dir(place).join(DEVICES_FILE))?)?;
+    ensure!(file.transition.is_none(), "devices.json tells of a transition");
+    ensure!(file.origin.node_uid.as_deref() == node_uid, "devices.json is of another node");
+    let is_in = |device: &DeviceRecord| device.usable && device.active_mode.as_deref() == Some(mode.as_str());
+    ensure!(file.devices.len() == gpus.len() && file.devices.iter().all(is_in), "devices.json says {:?}", file.devices);
+    Ok(())
+}
+
+/// Lets the machine boot anew for this time, with its devices in mode off: what an agent has left in memory is gone.
+pub(crate) fn boot(sysfs: &FakeSysfs, gpus: &[Gpu], place: &Path, times: u32) -> Result<String> {
+    let boot_id = format!("{times:08x}-2222-4333-8444-555555555555");
+    std::fs::write(sysfs.path().join("proc/sys/kernel/random/boot_id"), format!("{boot_id}\n"))?;
+    if let Err(error) = std::fs::remove_dir_all(state_dir(place)) {
+        ensure!(error.kind() == ErrorKind::NotFound, "{error}");
+    }
+    for gpu in gpus {
+        gpu.set(Mode::Off)?;
+    }
+    Ok(boot_id)
 }
 
 /// What of the GPUs is among these functions.

@@ -7,7 +7,7 @@
 pub(crate) mod parts;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,9 +25,18 @@ use crate::real_kube::PATIENCE;
 /// Looks at the cluster in the moment in which devices begin to be changed; what is wrong then.
 pub(crate) type Look = Arc<dyn Fn() -> Result<()> + Send + Sync>;
 
+/// Told the mode that all devices have booted with when that is over, if they have; what is wrong then.
+pub(crate) type Ended = Arc<dyn Fn(Option<Mode>) -> Result<()> + Send + Sync>;
+
+/// For whoever does not ask when devices have been changed.
+pub(crate) fn nobody_is_told() -> Ended {
+    Arc::new(|_| Ok(()))
+}
+
 struct VirtualFirmware {
     gpus: Vec<Gpu>,
     look: Look,
+    ended: Ended,
     wrong: Arc<Mutex<Vec<String>>>,
 }
 
@@ -39,6 +48,14 @@ impl Observer for Quiet<'_> {
 
     fn is_stopping(&self) -> bool {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl VirtualFirmware {
+    fn note(&self, found: Result<()>) {
+        if let Err(error) = found {
+            self.wrong.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{error:#}"));
+        }
     }
 }
 
@@ -57,11 +74,10 @@ impl Firmware for VirtualFirmware {
         target: Mode,
         stop: &AtomicBool,
     ) -> Result<Vec<DeviceResult>, Vec<DeviceFault>> {
-        if let Err(error) = (self.look)() {
-            self.wrong.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{error:#}"));
-        }
+        self.note((self.look)());
         let openers = parts::those(&self.gpus, devices).map(|gpu| (gpu.bdf, || gpu.open())).collect();
         let outcome = change_devices(openers, target, &Quiet(stop));
+        self.note((self.ended)(parts::booted_mode(&self.gpus)));
         Ok(outcome.devices.iter().map(|outcome| parts::changed(target, outcome)).collect())
     }
 }
@@ -72,6 +88,7 @@ pub(crate) struct Hardware {
     sysfs: FakeSysfs,
     gpus: Vec<Gpu>,
     wrong: Arc<Mutex<Vec<String>>>,
+    boots: AtomicU32,
 }
 
 /// How an agent is started.
@@ -82,6 +99,7 @@ pub(crate) struct Start<'a> {
     /// How long it waits for an answer.
     pub(crate) answer: Duration,
     pub(crate) look: Look,
+    pub(crate) ended: Ended,
 }
 
 /// What an agent logs.
@@ -126,15 +144,26 @@ impl Hardware {
     /// Two GPUs in mode off.
     pub(crate) fn new() -> Result<Self> {
         let (sysfs, gpus) = parts::two_gpus();
-        Ok(Self { here: tempfile::tempdir()?, sysfs, gpus, wrong: Arc::default() })
+        Ok(Self { here: tempfile::tempdir()?, sysfs, gpus, wrong: Arc::default(), boots: AtomicU32::new(0) })
+    }
+
+    /// Lets the machine boot anew, with its devices in mode off; the boot's id. No agent runs.
+    pub(crate) fn boot(&self) -> Result<String> {
+        let times = self.boots.fetch_add(1, Ordering::Relaxed) + 1;
+        parts::boot(&self.sysfs, &self.gpus, self.here.path(), times)
+    }
+
+    /// The agent has noted of the devices of this node on its host that they are in this mode.
+    pub(crate) fn is_noted_in(&self, mode: Mode, node_uid: Option<&str>) -> Result<()> {
+        parts::are_noted_in(&self.gpus, mode, self.here.path(), node_uid)
     }
 
     pub(crate) fn start(&self, start: Start<'_>) -> Result<Agent> {
-        let Start { kubeconfig, node, namespace, answer, look } = start;
+        let Start { kubeconfig, node, namespace, answer, look, ended } = start;
         let (place, shutdown, log) = (self.here.path().to_owned(), Shutdown::manual(), Log::default());
         std::fs::write(place.join("kubeconfig"), kubeconfig)?;
         let agent = Parts {
-            firmware: VirtualFirmware { gpus: self.gpus.clone(), look, wrong: Arc::clone(&self.wrong) },
+            firmware: VirtualFirmware { gpus: self.gpus.clone(), look, ended, wrong: Arc::clone(&self.wrong) },
             root: self.sysfs.root(),
             place,
             node: node.to_owned(),

@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use crate::agent::Look;
 use crate::agent::parts::{OPERANDS, PLUGIN, RESOURCE, ready_state};
-use crate::real_kube::{Account, Api, Cluster, IMAGE, MERGE, NODE, kubelet_folder, plugin, register};
+use crate::real_kube::{Account, Api, Cluster, IMAGE, JSON, MERGE, NODE, kubelet_folder, plugin, register};
 
 /// The namespace in which the chart expects the operator's components.
 pub(crate) const OPERATOR: &str = "gpu-operator";
@@ -98,6 +98,22 @@ async fn plugin_of_the_pod(api: &Api, pods: &str) -> Result<()> {
     }
 }
 
+/// Nobody runs on a node, and no GPU is offered.
+pub(crate) struct Quiet {
+    pods: String,
+    node: String,
+    path: String,
+}
+
+impl Quiet {
+    pub(crate) async fn is_so(&self, api: &Api) -> Result<()> {
+        let (pods, node) = (running(api, &self.pods, &self.node).await?, api.get(&self.path).await?.is(200)?);
+        ensure!(pods.is_empty(), "these run: {pods:?}");
+        ensure!(offered(&node) == "0", "{} GPUs are offered", offered(&node));
+        Ok(())
+    }
+}
+
 /// The components on one node.
 pub(crate) struct Components {
     api: Api,
@@ -118,13 +134,13 @@ impl Components {
         Ok(components)
     }
 
-    /// Some of them on a node that no kubelet keeps: their pods are made and deleted, and never run.
+    /// One of them on a node that no kubelet keeps: its pod is made and deleted, and never runs. The real controller makes 20
+    /// requests a second and no more, so that tests side by side wait for each other's components: of one it is half as long.
     pub(crate) async fn on_a_bare_node(cluster: &Cluster, node: &str, namespace: &str) -> Result<Self> {
-        let room = json!({"pods": "10"});
-        let status = json!({"status": {"capacity": room, "allocatable": room}});
+        let status = json!({"status": Self::room()});
         cluster.admin.patch(&format!("/api/v1/nodes/{node}/status"), MERGE, &status).await?.is(200)?;
         // Nobody would confirm the end of a pod: it does not wait for that.
-        Self::deploy(cluster, node, namespace, &[OPERANDS[0], OPERANDS[5]], 0).await
+        Self::deploy(cluster, node, namespace, &[OPERANDS[5]], 0).await
     }
 
     async fn deploy(
@@ -219,18 +235,49 @@ impl Components {
 
     /// Asked from the firmware's own thread in the moment in which devices are changed: nobody runs, and no GPU is offered.
     pub(crate) fn look(&self) -> Look {
-        let (kubeconfig, pods, node, path) =
-            (self.kubeconfig.clone(), self.pods(), self.node.clone(), self.node_path());
+        let (kubeconfig, quiet) = (self.kubeconfig.clone(), self.quiet());
         Arc::new(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(async {
-                let api = Api::new(&kubeconfig).await?;
-                let (pods, node) = (running(&api, &pods, &node).await?, api.get(&path).await?.is(200)?);
-                ensure!(pods.is_empty(), "these run: {pods:?}");
-                ensure!(offered(&node) == "0", "{} GPUs are offered", offered(&node));
-                Ok(())
-            })
+            runtime.block_on(async { quiet.is_so(&Api::new(&kubeconfig).await?).await })
         })
+    }
+
+    /// What is to be so in that moment.
+    pub(crate) fn quiet(&self) -> Quiet {
+        Quiet { pods: self.pods(), node: self.node.clone(), path: self.node_path() }
+    }
+
+    /// The labels by which the components of this test come to a node.
+    pub(crate) fn place(&self) -> [(&'static str, &str); 1] {
+        [(OF, &self.namespace)]
+    }
+
+    /// What a kubelet says of a node with room for the components.
+    pub(crate) fn room() -> Value {
+        let room = json!({"pods": "10"});
+        json!({"capacity": room, "allocatable": room})
+    }
+
+    /// Whoever makes a node gets its components deployed.
+    pub(crate) async fn label_where_absent(&self) -> Result<()> {
+        loop {
+            let node = self.api.get(&self.node_path()).await?.is(200)?;
+            let labels = &node["metadata"]["labels"];
+            let absent = self.operands.iter().map(|(label, _)| *label).filter(|label| labels[*label].is_null());
+            let operation = |op: &str, label: &str, value: Value| {
+                let path = format!("/metadata/labels/{}", label.replace('/', "~1"));
+                json!({"op": op, "path": path, "value": value})
+            };
+            let patch: Vec<Value> = absent
+                .flat_map(|label| [operation("test", label, Value::Null), operation("add", label, json!("true"))])
+                .collect();
+            if patch.is_empty() {
+                return Ok(());
+            }
+            let answer = self.api.patch(&self.node_path(), JSON, &json!(patch)).await?;
+            // Somebody was faster.
+            ensure!([200, 422].contains(&answer.code), "{:#}", answer.body);
+        }
     }
 
     /// Takes them away again, and their labels.
