@@ -344,10 +344,28 @@ fn a_device_that_outlives_its_pod_in_use_is_in_quarantine_and_status_says_so() -
     node.await_allocatable(PGPU, 1, STEP)?;
     let pid = node.agent("sh")?.process.pid();
     let told = status(&node)?;
-    ensure!(told.contains(&format!("{bdf} is held by pid {pid} (")), "{told}");
+    let by = format!("{bdf} is held by pid {pid} (");
+    ensure!(told.contains(&by), "{told}");
+    // An agent that starts anew meanwhile does not offer it, not for a moment.
+    node.stop_agent("device-plugin", Signal::SIGKILL)?;
+    node.start_agent(&["device-plugin"], &[("POLL_INTERVAL", "500ms")])?;
+    let causes = |node: &Node| -> Result<Vec<String>> {
+        let told = node.agent("device-plugin")?.events("unit_health").into_iter();
+        let own = told.filter(|(_, line)| field(line, "bdf") == Some(&bdf));
+        Ok(own.map(|(_, line)| field(&line, "code").unwrap_or_default().to_owned()).collect())
+    };
+    node.await_allocatable(PGPU, 1, STEP)?;
+    await_that("quarantine again", &node, || Ok(status(&node)?.contains(&by) && row(&node, &bdf)?.contains("  held")))?;
+    assert_eq!(causes(&node)?, ["held"]);
+    node.create_pod("next", PGPU, 1)?;
+    node.await_pod("next", "Running", STEP)?;
+    let next = node.look_json(&["lab-kubelet", "resolve", "default/next"])?;
+    ensure!(next["devices"][0]["bdfs"][0] != *bdf, "{next:#}");
+    node.api.delete("pods", "default", "next", Some(0))?;
     release(&node)?;
     node.await_allocatable(PGPU, 2, STEP)?;
     await_that("healthy", &node, || Ok(row(&node, &bdf)?.contains("  healthy")))?;
+    assert_eq!(causes(&node)?, ["held", ""]);
     // An agent that starts anew says the same at once.
     node.stop_agent("device-plugin", Signal::SIGKILL)?;
     node.start_agent(&["device-plugin"], &[("POLL_INTERVAL", "500ms")])?;
