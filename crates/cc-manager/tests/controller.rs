@@ -713,6 +713,30 @@ async fn a_pod_that_was_admitted_before_a_change_and_starts_after_it_is_told_of(
 }
 
 #[tokio::test]
+async fn a_pod_is_told_of_the_change_of_its_own_device_though_that_of_another_has_failed() {
+    let world = World::new(&[(A, H100), (B, H100)]);
+    let (kubelet, agent) = world.start_beside_a_kubelet().await;
+    world.firmware.script(Script::Fail(B, "BootTimeout"));
+    world.firmware.hold(true);
+    world.api.set_label(labels::CC_MODE, Some("off"));
+    until("begun", || world.firmware.calls().len() == 2).await;
+    kubelet.0.lock().unwrap().extend([("vm", "nvidia.com/pgpu", A), ("other", "nvidia.com/pgpu", B)]);
+    world.firmware.hold(false);
+    world.until_state("failed", "").await;
+    let told = || {
+        let events = world.api.events().into_iter();
+        events.filter(|(reason, _)| reason == "PodAdmittedBeforeChange").map(|(_, note)| note).collect::<Vec<_>>()
+    };
+    until("told", || !told().is_empty()).await;
+    let notes = told();
+    assert!(
+        notes.len() == 1 && notes[0].contains("ns/vm") && notes[0].contains(A) && !notes[0].contains(B),
+        "{notes:?}"
+    );
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn a_gpu_that_a_pod_has_been_given_is_in_use_before_it_is_opened() {
     let world = World::new(&[(A, H100), (B, H100)]);
     let (kubelet, agent) = world.start_beside_a_kubelet().await;

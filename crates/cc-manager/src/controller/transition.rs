@@ -159,13 +159,14 @@ impl<F: Firmware> Controller<F> {
         };
         self.look_at_power_soon();
         let round = self.ended(&attempt, outcome, took, state, records, before);
-        if matches!(round, Round::Rest) {
+        // One device can be used though another has failed, but for protected PCIe.
+        if mode != Mode::Ppcie || matches!(round, Round::Rest) {
             self.tell_early_pods(mode, &pods);
         }
         round
     }
 
-    /// What came of the devices, how long after `begun`, and which pods have them.
+    /// What came of the devices, how long after `begun`, and which pods have those that were changed.
     async fn change_devices(
         &self,
         mode: Mode,
@@ -176,7 +177,10 @@ impl<F: Firmware> Controller<F> {
         let outcome = executor::apply(&self.firmware, devices.to_vec(), mode, shutdown).await;
         let took = begun.elapsed();
         // Asked before the gate is opened: then none of them was admitted in view of the new mode.
-        let pods = allocations::pods(&self.settings.pod_resources, devices).await.unwrap_or_default();
+        let mut pods = allocations::pods(&self.settings.pod_resources, devices).await.unwrap_or_default();
+        let changed = outcome.iter().flatten().filter(|result| result.result.is_ok());
+        let changed: BTreeSet<Bdf> = changed.map(|result| result.bdf).collect();
+        pods.retain(|bdf, _| changed.contains(bdf));
         (outcome, took, pods)
     }
 
