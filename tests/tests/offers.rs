@@ -5,11 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{CHANGE, PGPU, STEP, await_that, gpu_bdfs, hold_group, node, registers_say, release, whole_trace};
-use lab::Node;
-use lab::node::{CC_MODE, field};
+use e2e::{
+    CHANGE, PGPU, STEP, await_that, bound_in_time, cc_status, devices, hold_group, is_in, lab_is_here, node, own_mode,
+    release, vector, whole_trace,
+};
+use lab::node::field;
+use lab::{Boot, Node};
 use lab_devices::fault::FORMS;
-use lab_devices::{Fault, ModelKind, trace};
+use lab_devices::{Fault, Kind, ModelKind, TraceEvent, trace};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -32,12 +35,12 @@ struct Setting {
     ids: &'static str,
 }
 
-const SETTINGS: [Setting; 4] = [
-    Setting { backend: "auto", aliases: None, ids: "auto" },
-    Setting { backend: "legacy", aliases: Some(["tee", "fabric"]), ids: "auto" },
-    Setting { backend: "auto", aliases: Some(["", ""]), ids: "auto" },
-    Setting { backend: "auto", aliases: None, ids: "iommu" },
-];
+const PLAIN: Setting = Setting { backend: "auto", aliases: None, ids: "auto" };
+const GROUPS: Setting = Setting { backend: "legacy", aliases: Some(["tee", "fabric"]), ids: "auto" };
+const MODELS: Setting = Setting { backend: "auto", aliases: Some(["", ""]), ids: "auto" };
+const NUMBERS: Setting = Setting { backend: "auto", aliases: None, ids: "iommu" };
+
+const SETTINGS: [Setting; 4] = [PLAIN, GROUPS, MODELS, NUMBERS];
 
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
@@ -100,8 +103,9 @@ impl Setting {
         }
     }
 
-    fn start(self, node: &mut Node) -> Result<()> {
+    fn start(self, node: &mut Node, gate: &str) -> Result<()> {
         let mut env = vec![("VFIO_BACKEND", self.backend), ("DEVICE_ID_SCHEME", self.ids), ("POLL_INTERVAL", "1h")];
+        env.push(("CC_GATE", gate));
         if let Some([gpus, switches]) = self.aliases {
             env.extend([("P_GPU_ALIAS", gpus), ("NVSWITCH_ALIAS", switches)]);
         }
@@ -157,14 +161,64 @@ fn all_agree(node: &Node, setting: Setting, has_iommufd: bool, units: &[Expected
     Ok(())
 }
 
-fn is_offered_as_it_is(topology: &str, count: usize) -> Result<()> {
-    let Some(mut node) = node(topology, &[])? else { return Ok(()) };
+/// A change of modes that cc-manager makes while the plugin runs in one of its settings.
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    setting: Setting,
+    /// The mode that cc-manager has verified before, and whose word the plugin needs then; none: cc-manager comes with the
+    /// change, finds GPUs in mode on, and the plugin has offered all without it.
+    from: Option<&'static str>,
+    to: &'static str,
+}
+
+const fn change(setting: Setting, from: &'static str, to: &'static str) -> Change {
+    Change { setting, from: Some(from), to }
+}
+
+/// Every topology stands still in every setting, and then changes its modes in these. Between them every setting meets several
+/// topologies, and so does each back end: what is `auto` is groups where the kernel has no iommufd.
+const TOPOLOGIES: &[(&str, usize, &[Change])] = &[
+    ("h100x2", 2, &[change(GROUPS, "off", "on")]),
+    ("rtx-pro-6000", 2, &[change(PLAIN, "off", "on")]),
+    // On is of all or none, and neither an A100 nor a GPU that nobody knows can be on.
+    ("mixed", 4, &[Change { setting: MODELS, from: None, to: "off" }]),
+    ("acs-off", 1, &[change(GROUPS, "off", "on")]),
+    ("stock-kernel", 2, &[change(PLAIN, "off", "on"), change(MODELS, "on", "off"), change(NUMBERS, "off", "devtools")]),
+    ("lockdown", 2, &[change(NUMBERS, "off", "on")]),
+    ("no-iommu", 0, &[change(PLAIN, "off", "on")]),
+    ("gb200", 4, &[change(NUMBERS, "off", "on")]),
+    ("b200x8", 8, &[change(MODELS, "off", "on")]),
+    // All of it is in protected PCIe, and of the GPUs alone there is mode on: their switches stay as they are.
+    ("hgx-h100", 12, &[change(GROUPS, "off", "ppcie")]),
+    ("h200x8-nvswitch", 12, &[change(PLAIN, "off", "on")]),
+];
+
+/// The socket at which cc-manager looks for the kubelet's pods: not there before a change is under way, as under the operator
+/// always, since it would not begin a change of devices that a pod has.
+const LATE_SOCKET: &str = "/run/late-kubelet.sock";
+
+fn is_offered_as_it_is(topology: &str) -> Result<()> {
+    if !lab_is_here()? {
+        return Ok(());
+    }
+    let &(_, count, changes) =
+        TOPOLOGIES.iter().find(|(name, ..)| *name == topology).with_context(|| format!("no row of {topology}"))?;
+    let mut boot = Boot::new(topology)?;
+    for device in &mut boot.topology.devices {
+        // Without it a Grace GPU cannot be changed.
+        device.spec.bmsai = device.spec.model == ModelKind::Gb200;
+        if let Some((_, knobs)) = vector(device.spec.model, "on").filter(|_| changes.iter().any(|it| it.from.is_none()))
+        {
+            device.spec.knobs = knobs.iter().copied().collect();
+        }
+    }
+    let mut node = Node::start(boot, &[])?;
     node.guest.shell("BIND_NVSWITCHES=true vfio-manager run --once", CHANGE)?;
     node.start_kubelet()?;
     let (has_iommufd, units) = expected(&node)?;
     ensure!(units.len() == count, "{count} units are expected: {units:#?}");
     for setting in SETTINGS {
-        setting.start(&mut node)?;
+        setting.start(&mut node, "off")?;
         if count == 0 {
             // Nothing is registered and nothing written; wait for its first look.
             await_that("the plugin has looked", &node, || {
@@ -173,66 +227,295 @@ fn is_offered_as_it_is(topology: &str, count: usize) -> Result<()> {
         }
         all_agree(&node, setting, has_iommufd, &units)
             .with_context(|| format!("{topology} {setting:?}\n{}", node.logs()))?;
-        node.stop_agent("device-plugin", Signal::SIGTERM)?;
-        // What is left in place for pods that start later is of another setting now.
-        node.guest.shell("rm -f /var/run/cdi/*", STEP)?;
+        stop_plugin(&node)?;
+    }
+    node.start_agent(&["vfio-manager", "run"], &[("BIND_NVSWITCHES", "true")])?;
+    for &change in changes {
+        goes_through(&mut node, has_iommufd, &units, change)
+            .with_context(|| format!("{topology} {change:?}\n{}", node.logs()))?;
+        // Its virtual machine ends, and its pod with it.
+        if let Ok(sandbox) = node.agent("sh") {
+            sandbox.process.signal(Signal::SIGKILL)?;
+        }
+        for pod in node.api.list("pods") {
+            node.api.delete("pods", "default", &text(&pod["metadata"]["name"]), Some(0))?;
+        }
+        stop_plugin(&node)?;
+    }
+    Ok(())
+}
+
+fn stop_plugin(node: &Node) -> Result<()> {
+    node.stop_agent("device-plugin", Signal::SIGTERM)?;
+    // What is left in place for pods that start later is of another setting now.
+    node.look(&["sh", "-c", "rm -f /var/run/cdi/*"]).map(drop)
+}
+
+/// Starts cc-manager as under our chart, which lets it write events.
+fn start_cc_manager(node: &mut Node) -> Result<()> {
+    node.allow_events();
+    let env = [("CCNODE_POD_RESOURCES", LATE_SOCKET), ("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RESYNC", "10s")];
+    node.start_agent(&["cc-manager"], &env)
+}
+
+/// Waits until the kubelet has heard of each unit what it is to hear, and of no other.
+fn await_health(
+    what: &str,
+    node: &Node,
+    setting: Setting,
+    has_iommufd: bool,
+    units: &[Expected],
+    is_well: impl Fn(&Expected) -> bool,
+) -> Result<()> {
+    let wanted: BTreeSet<String> = units
+        .iter()
+        .map(|unit| {
+            let health = if is_well(unit) { kubelet_api::HEALTHY } else { kubelet_api::UNHEALTHY };
+            format!("{} {} {health}", setting.resource(unit), setting.id(unit, has_iommufd))
+        })
+        .collect();
+    let mut told = BTreeSet::new();
+    await_that(what, node, || {
+        let dump = node.kubelet()?;
+        // A setting of before has left its resources to the kubelet.
+        let served =
+            dump["resources"].as_object().into_iter().flatten().filter(|(_, of)| of["endpoint"]["stopped"] == false);
+        told = served
+            .flat_map(|(resource, of)| {
+                let devices = of["devices"].as_array().into_iter().flatten();
+                devices.map(move |device| format!("{resource} {} {}", text(&device["id"]), text(&device["health"])))
+            })
+            .collect();
+        Ok(told == wanted)
+    })
+    .with_context(|| format!("{wanted:#?}, not {told:#?}"))
+}
+
+/// All CDI files, with their names.
+fn cdi_files(node: &Node) -> Result<String> {
+    let show = "cd /var/run/cdi 2>/dev/null || exit 0; for file in *; do test -e \"$file\" && echo \"$file\" && cat \"$file\"; done; true";
+    Ok(node.look(&["sh", "-c", show])?.text())
+}
+
+/// One change of modes: what changes is withdrawn before it is touched, and is back when all of it has been verified; what does
+/// not change stays; CDI and what Kata finds are the same all the time; a pod of before whose virtual machine starts in the
+/// middle is refused its device, tried again, and gets the new mode, of which it is told.
+fn goes_through(node: &mut Node, has_iommufd: bool, units: &[Expected], change: Change) -> Result<()> {
+    let Change { setting, from, to } = change;
+    node.look(&["rm", "-f", LATE_SOCKET])?;
+    node.ask_for(from.unwrap_or(to))?;
+    if let Some(from) = from {
+        if node.agent("cc-manager").is_err() {
+            start_cc_manager(node)?;
+        }
+        node.await_state(from, ready_state(from), CHANGE)?;
+    }
+    setting.start(node, if from.is_some() { "require" } else { "off" })?;
+
+    let was = from.unwrap_or("on");
+    let parts: Vec<(String, ModelKind)> =
+        devices(node).into_iter().map(|(name, model)| (name.to_owned(), model)).collect();
+    let models: BTreeMap<String, ModelKind> =
+        parts.iter().map(|(name, model)| Ok((node.guest.bdf(name)?, *model))).collect::<Result<_>>()?;
+    let model = |unit: &Expected| models.get(&text(&unit.lead["bdf"])).copied().unwrap_or(ModelKind::UnknownGpu);
+    let changes = |model: ModelKind| own_mode(model, was) != own_mode(model, to);
+    let is_known = |model: ModelKind| vector(model, "off").is_some();
+    let stays = |unit: &Expected| !changes(model(unit));
+    let touched: Vec<&(String, ModelKind)> =
+        parts.iter().filter(|(_, model)| changes(*model) && is_known(*model)).collect();
+    let is_well_after = |unit: &Expected| model(unit) != ModelKind::UnknownGpu;
+
+    await_health("all are offered", node, setting, has_iommufd, units, |_| true)?;
+    let cdi = cdi_files(node)?;
+    // Admitted, and its virtual machine not yet started.
+    let pod = format!("early-{}", node.api.resource_version());
+    let resolve = |node: &Node| node.look_json(&["lab-kubelet", "resolve", &format!("default/{pod}")]);
+    let early = units.iter().find(|unit| is_known(model(unit)) && !stays(unit));
+    let mut found = Value::Null;
+    if let Some(unit) = early {
+        let resource = setting.resource(unit);
+        let count = units.iter().filter(|other| setting.resource(other) == resource).count();
+        node.await_allocatable(&resource, count, STEP)?;
+        node.create_pod(&pod, &resource, 1)?;
+        node.await_pod(&pod, "Running", STEP)?;
+        found = resolve(node)?;
+    }
+
+    for (name, _) in &touched {
+        // Until it is let go on.
+        node.guest.fleet().set_fault(name, Fault::BootSlow(600_000))?;
+    }
+    node.guest.fleet().clear_trace();
+    match from {
+        Some(_) => node.ask_for(to)?,
+        None => start_cc_manager(node)?,
+    }
+    await_health("withdrawn", node, setting, has_iommufd, units, stays)?;
+    await_that("owned", node, || Ok(first_touch(&whole_trace(node)?, &touched).is_some()))?;
+    // Its time stands still, so that nobody need hurry.
+    node.agent("cc-manager")?.process.signal(Signal::SIGSTOP)?;
+    ensure!(cdi_files(node)? == cdi, "the CDI files have changed from\n{cdi}\nto\n{}", cdi_files(node)?);
+    if early.is_some() {
+        ensure!(resolve(node)? == found, "Kata finds {:#}, not {found:#}", resolve(node)?);
+        // Kata finds the device, and the kernel refuses it.
+        node.start_agent(&["sh", "-c", &format!("exec lab-kubelet sandbox default/{pod}")], &[])?;
+        let is_refused = |text: &str| text.matches("refused: ").count() > 1 && text.contains("busy");
+        node.agent("sh")?.process.wait_output(STEP, is_refused)?;
+    }
+    node.look(&["ln", "-s", kubelet_api::POD_RESOURCES_SOCKET, LATE_SOCKET])?;
+    let let_go = Instant::now();
+    for (name, _) in &touched {
+        node.guest.fleet().clear_faults(name)?;
+    }
+    node.agent("cc-manager")?.process.signal(Signal::SIGCONT)?;
+
+    match from {
+        Some(_) => node.await_state(to, ready_state(to), CHANGE)?,
+        None => node.await_state("failed", "", CHANGE)?,
+    }
+    await_health("back", node, setting, has_iommufd, units, is_well_after)?;
+    ensure!(cdi_files(node)? == cdi, "the CDI files have changed from\n{cdi}\nto\n{}", cdi_files(node)?);
+    for (name, model) in &touched {
+        is_in(name, *model, &node.device(name)?, own_mode(*model, to))?;
+    }
+    if early.is_some() {
+        ensure!(resolve(node)? == found, "Kata finds {:#}, not {found:#}", resolve(node)?);
+        node.agent("sh")?.process.wait_output(STEP, |text| text.contains("started"))?;
+        it_was_told_once(node, &pod, to)?;
+        await_health("in use", node, setting, has_iommufd, units, is_well_after)?;
+    }
+    let first = first_touch(&whole_trace(node)?, &touched).map_or(let_go, |micros| moment(node, micros));
+    it_was_withdrawn_first(node, units, [first, let_go], stays, is_well_after)
+}
+
+/// What the gate says of a node in this mode.
+fn ready_state(mode: &str) -> &'static str {
+    match mode {
+        "on" | "ppcie" => "true",
+        "off" => "false",
+        _ => "",
+    }
+}
+
+/// When an event of the trace was.
+fn moment(node: &Node, micros: u64) -> Instant {
+    let age = Duration::from_micros(node.guest.fleet().micros().saturating_sub(micros));
+    Instant::now().checked_sub(age).unwrap_or_else(Instant::now)
+}
+
+/// When the first knob was written, or the first device reset, which is what opening one does.
+fn first_touch(trace: &[TraceEvent], devices: &[&(String, ModelKind)]) -> Option<u64> {
+    let rpcs = devices.iter().flat_map(|(name, _)| trace::rpcs(trace, name));
+    let writes = rpcs.filter(|rpc| rpc.request.get(2).is_some_and(|word| word & 0xff == 0x0d)).map(|rpc| rpc.micros);
+    let is_reset = |event: &&TraceEvent| matches!(event.kind, Kind::Flr | Kind::BusReset);
+    writes.chain(trace.iter().filter(is_reset).map(|event| event.micros)).min()
+}
+
+/// An event of the node tells of the pod that was admitted before, and one alone.
+fn it_was_told_once(node: &Node, pod: &str, mode: &str) -> Result<()> {
+    let told = || -> Vec<String> {
+        let events = node.api.list("events").into_iter();
+        let early = events.filter(|event| event["reason"] == "PodAdmittedBeforeChange");
+        early.map(|event| text(&event["message"])).filter(|note| note.contains(&format!("default/{pod} "))).collect()
+    };
+    await_that("the event", node, || Ok(!told().is_empty()))?;
+    let notes = told();
+    ensure!(notes.len() == 1 && notes[0].contains(&format!("mode {mode}")), "{notes:#?}");
+    let logged = node.agent("cc-manager")?.events("early_pod");
+    let logged = logged.iter().filter(|(_, line)| field(line, "pod") == Some(&format!("default/{pod}")));
+    ensure!(logged.count() == 1, "{}", node.logs());
+    Ok(())
+}
+
+/// Every unit that changes was withdrawn before the first touch, and not offered again before the devices were let boot; every
+/// other one was well all the time.
+fn it_was_withdrawn_first(
+    node: &Node,
+    units: &[Expected],
+    [first, let_go]: [Instant; 2],
+    stays: impl Fn(&Expected) -> bool,
+    is_well_after: impl Fn(&Expected) -> bool,
+) -> Result<()> {
+    let events = node.agent("device-plugin")?.events("unit_health");
+    // Where others stay it is no change of the node.
+    let cause = if units.iter().any(&stays) { "cc-not-usable" } else { "in-transition" };
+    for unit in units {
+        let bdf = text(&unit.lead["bdf"]);
+        let own: Vec<(Instant, Option<&str>)> = events
+            .iter()
+            .filter(|(_, line)| field(line, "bdf") == Some(&bdf))
+            .map(|(at, line)| (*at, field(line, "code")))
+            .collect();
+        if stays(unit) {
+            ensure!(matches!(own[..], [(_, None)]), "{bdf} was not well all the time: {own:?}");
+            continue;
+        }
+        let (withdrawn, _) = own
+            .iter()
+            .find(|(at, code)| *code == Some(cause) && *at < first)
+            .with_context(|| format!("{bdf} was not withdrawn before the first touch: {own:?}"))?;
+        let back: Vec<Instant> =
+            own.iter().filter(|(at, code)| code.is_none() && at > withdrawn).map(|(at, _)| *at).collect();
+        ensure!(back.iter().all(|at| *at > let_go), "{bdf} was offered before it had booted: {own:?}");
+        ensure!(back.is_empty() != is_well_after(unit), "{bdf}: {own:?}");
+        eprintln!("{bdf}: withdrawn {:?} before the first touch", first.saturating_duration_since(*withdrawn));
     }
     Ok(())
 }
 
 #[test]
 fn two_gpus_are_offered_as_they_are() -> Result<()> {
-    is_offered_as_it_is("h100x2", 2)
+    is_offered_as_it_is("h100x2")
 }
 
 #[test]
 fn gpus_with_audio_are_offered_as_they_are() -> Result<()> {
-    is_offered_as_it_is("rtx-pro-6000", 2)
+    is_offered_as_it_is("rtx-pro-6000")
 }
 
 #[test]
 fn a_mixed_node_is_offered_as_it_is() -> Result<()> {
-    is_offered_as_it_is("mixed", 4)
+    is_offered_as_it_is("mixed")
 }
 
 #[test]
 fn two_gpus_in_one_group_are_offered_as_one() -> Result<()> {
-    is_offered_as_it_is("acs-off", 1)
+    is_offered_as_it_is("acs-off")
 }
 
 #[test]
 fn a_kernel_without_iommufd_offers_groups() -> Result<()> {
-    is_offered_as_it_is("stock-kernel", 2)
+    is_offered_as_it_is("stock-kernel")
 }
 
 #[test]
 fn a_locked_down_kernel_offers_the_same() -> Result<()> {
-    is_offered_as_it_is("lockdown", 2)
+    is_offered_as_it_is("lockdown")
 }
 
 #[test]
 fn without_an_iommu_nothing_is_offered() -> Result<()> {
-    is_offered_as_it_is("no-iommu", 0)
+    is_offered_as_it_is("no-iommu")
 }
 
 #[test]
 fn grace_gpus_are_offered_as_they_are() -> Result<()> {
-    is_offered_as_it_is("gb200", 4)
+    is_offered_as_it_is("gb200")
 }
 
 #[test]
 fn a_blackwell_board_is_offered_as_it_is() -> Result<()> {
-    is_offered_as_it_is("b200x8", 8)
+    is_offered_as_it_is("b200x8")
 }
 
 #[test]
 fn a_hopper_board_with_switches_is_offered_as_it_is() -> Result<()> {
-    is_offered_as_it_is("hgx-h100", 12)
+    is_offered_as_it_is("hgx-h100")
 }
 
 #[test]
 fn a_second_hopper_board_with_switches_is_offered_as_it_is() -> Result<()> {
-    is_offered_as_it_is("h200x8-nvswitch", 12)
+    is_offered_as_it_is("h200x8-nvswitch")
 }
 
 /// Waits until the kubelet's list is this.
@@ -374,81 +657,26 @@ fn a_device_that_outlives_its_pod_in_use_is_in_quarantine_and_status_says_so() -
 
 #[test]
 fn units_are_withdrawn_before_the_first_write_and_a_pod_of_before_keeps_its_device() -> Result<()> {
-    let Some(mut node) = node("h100x2", &[(CC_MODE, "off")])? else { return Ok(()) };
+    let Some(mut node) = node("h100x2", &[])? else { return Ok(()) };
     node.start_kubelet()?;
     node.start_vfio_manager()?;
-    // The kubelet cannot be asked which pods have GPUs until the change is under way: under the operator never.
-    let socket = "/run/late-kubelet.sock";
-    node.start_agent(
-        &["cc-manager"],
-        &[("CCNODE_POD_RESOURCES", socket), ("CCNODE_RETRY_MIN", "500ms"), ("CCNODE_RESYNC", "10s")],
-    )?;
-    node.start_device_plugin()?;
-    node.await_state("off", "false", CHANGE)?;
-    node.await_allocatable(PGPU, 2, STEP)?;
-    // Admitted, and its virtual machine not yet started.
-    node.create_pod("early", PGPU, 1)?;
-    node.await_pod("early", "Running", STEP)?;
-    let resolve = |node: &Node| node.look_json(&["lab-kubelet", "resolve", "default/early"]);
-    let before = resolve(&node)?;
-    let group = {
-        let bdf = text(&before["devices"][0]["bdfs"][0]);
-        let link = node.look(&["readlink", &format!("/sys/bus/pci/devices/{bdf}/iommu_group")])?.text();
-        link.trim().rsplit('/').next().unwrap_or_default().to_owned()
-    };
-    let open = |node: &Node| node.guest.shell(&format!("exec 3<>/dev/vfio/{group}"), STEP);
-    ensure!(open(&node)?.success(), "a virtual machine would get it");
-
-    for name in node.gpus() {
-        node.guest.fleet().set_fault(&name, Fault::BootSlow(3000))?;
-    }
+    bound_in_time(&node)?;
+    let (has_iommufd, units) = expected(&node)?;
+    goes_through(&mut node, has_iommufd, &units, change(PLAIN, "off", "on")).with_context(|| node.logs())?;
+    // Its virtual machine has the device now: the next change waits for its end, and the other agents see who has it.
+    let early = node.api.list("pods").first().map(|pod| text(&pod["metadata"]["name"])).context("no pod")?;
+    let table = node.look(&["ccnode", "status", "--offline"])?.text();
+    let is_told = |line: &str| line.starts_with(PGPU) && line.ends_with(&format!("healthy  default/{early}"));
+    ensure!(table.lines().any(is_told), "{table}");
     node.guest.fleet().clear_trace();
-    node.ask_for("on")?;
-    await_that("withdrawn", &node, || Ok(kubelets_list(&node, PGPU)?.iter().all(|line| line.ends_with(" Unhealthy"))))?;
-    // Its virtual machine starts in the middle: Kata finds the device, and the kernel refuses it.
-    await_that("owned", &node, || {
-        let output = open(&node)?;
-        Ok(!output.success() && output.error_text().contains("busy"))
-    })?;
-    assert_eq!(resolve(&node)?, before, "the CDI file has it all the time");
-    node.look(&["ln", "-s", kubelet_api::POD_RESOURCES_SOCKET, socket])?;
-    node.await_state("on", "true", CHANGE)?;
-    node.await_allocatable(PGPU, 2, STEP)?;
-    registers_say(&node, "on")?;
-    assert_eq!(resolve(&node)?, before);
-    await_that("free again", &node, || Ok(open(&node)?.success()))?;
-    // What starts now runs in another mode than the node was in when the pod was admitted.
-    let told = node.agent("cc-manager")?.events("early_pod");
-    let pods: Vec<_> = told.iter().map(|(_, line)| (field(line, "pod"), field(line, "mode"))).collect();
-    assert_eq!(pods, [(Some("default/early"), Some("on"))]);
-    it_was_withdrawn_first(&node)
-}
-
-/// Every unit was withdrawn before the first knob was written, and was offered again after the last device had booted.
-fn it_was_withdrawn_first(node: &Node) -> Result<()> {
-    let trace = whole_trace(node)?;
-    let (now, trace_now) = (Instant::now(), node.guest.fleet().micros());
-    let at = |micros: u64| now.checked_sub(Duration::from_micros(trace_now.saturating_sub(micros))).unwrap_or(now);
-    let names = node.gpus();
-    let rpcs = names.iter().flat_map(|name| trace::rpcs(&trace, name));
-    let writes = rpcs.filter(|rpc| rpc.request.get(2).is_some_and(|word| word & 0xff == 0x0d));
-    let first = at(writes.map(|rpc| rpc.micros).min().context("no knob was written")?);
-    let booted = trace.iter().filter(|event| event.kind == lab_devices::Kind::Ready).map(|event| event.micros).max();
-    let booted = at(booted.context("no device has booted")?);
-    let events = node.agent("device-plugin")?.events("unit_health");
-    for bdf in gpu_bdfs(node)? {
-        let own: Vec<(Instant, bool)> = events
-            .iter()
-            .filter(|(_, line)| field(line, "bdf") == Some(&bdf))
-            .map(|(at, line)| (*at, field(line, "code") == Some("in-transition")))
-            .collect();
-        let (withdrawn, _) = own
-            .iter()
-            .find(|(at, is_out)| *is_out && *at < first)
-            .with_context(|| format!("{bdf} was not withdrawn before the first write\n{}", node.logs()))?;
-        let back = own.iter().rfind(|(_, is_out)| !is_out).map(|(at, _)| *at);
-        ensure!(back.is_some_and(|back| back > booted), "{bdf} was offered before it had booted\n{}", node.logs());
-        eprintln!("{bdf}: withdrawn {:?} before the first write", first.saturating_duration_since(*withdrawn));
-    }
-    Ok(())
+    node.ask_for("off")?;
+    await_that("refused", &node, || Ok(cc_status(&node)["error"]["code"] == "InUse"))?;
+    let reason = cc_status(&node)["error"]["message"].to_string();
+    ensure!(reason.contains(&format!("default/{early}")), "{reason}");
+    await_health("nothing is withdrawn for it", &node, PLAIN, has_iommufd, &units, |_| true)?;
+    ensure!(e2e::touches(&whole_trace(&node)?).is_empty(), "a device was touched\n{}", node.logs());
+    release(&node)?;
+    node.api.delete("pods", "default", &early, Some(0))?;
+    node.await_state("off", "false", CHANGE)?;
+    await_health("offered again", &node, PLAIN, has_iommufd, &units, |_| true)
 }

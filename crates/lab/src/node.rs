@@ -108,6 +108,13 @@ impl Node {
         Ok(node)
     }
 
+    /// Lets cc-manager write events, as our own chart does and the operator does not.
+    pub fn allow_events(&self) {
+        let mut rules = Rule::operator_cc_manager(NAMESPACE);
+        rules.push(Rule::new("events.k8s.io", &["events"], &["create"]));
+        self.api.set_rules(&self.tokens[0], rules);
+    }
+
     fn put_identities(&self) -> anyhow::Result<()> {
         let [cc_manager, kubelet] = &self.tokens;
         let files = self.api.service_account_files(cc_manager, NAMESPACE);

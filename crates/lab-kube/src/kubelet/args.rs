@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::control::{self, Command};
-use super::{Config, Container, Kubelet, Pod, Resolved};
+use super::{Config, Container, Kubelet, Pod, Resolved, sandbox};
 
 /// Where the control socket is unless said otherwise.
 const CONTROL: &str = "/run/lab-kubelet.sock";
@@ -37,6 +37,9 @@ enum Action {
     },
     /// Do what Kata's shim does for a pod's devices, and print what it would plug in.
     Resolve(Resolve),
+    /// Be a pod's sandbox: take its devices as a virtual machine does, print each refusal and try again, and keep them until
+    /// SIGTERM or SIGINT.
+    Sandbox(Sandbox),
 }
 
 #[derive(Debug, Args)]
@@ -164,6 +167,18 @@ struct Resolve {
     root: PathBuf,
 }
 
+#[derive(Debug, Args)]
+struct Sandbox {
+    #[command(flatten)]
+    of: Resolve,
+    /// Seconds until a sandbox that was refused is tried again; twice as long after each refusal (real: 1).
+    #[arg(long, default_value = "0.1", value_parser = seconds)]
+    retry_min: Duration,
+    /// The longest of these pauses (real: 300).
+    #[arg(long, default_value = "1", value_parser = seconds)]
+    retry_max: Duration,
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     text.parse::<f64>().ok().and_then(|s| Duration::try_from_secs_f64(s).ok()).ok_or_else(|| "not seconds".to_owned())
 }
@@ -184,7 +199,28 @@ impl Cli {
                 println!("{}", serde_json::to_string_pretty(&resolved)?);
                 Ok(())
             }
+            Action::Sandbox(sandbox) => sandbox.run().await,
         }
+    }
+}
+
+impl Sandbox {
+    async fn run(self) -> Result<()> {
+        let Self { of: Resolve { pod, pod_resources, root }, retry_min, retry_max } = self;
+        let mut terminate = signal(SignalKind::terminate()).context("Cannot wait for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("Cannot wait for SIGINT")?;
+        let tell = |refused: &sandbox::Refused| println!("refused: {}", super::chain(refused));
+        let live = async {
+            let _devices = sandbox::start(&pod_resources, &root, &pod, (retry_min, retry_max), tell).await;
+            println!("started");
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = live => {}
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        Ok(())
     }
 }
 
@@ -328,6 +364,7 @@ mod tests {
         assert!(Cli::try_parse_from(["lab-kubelet", "run", "--standalone", "--in-cluster"]).is_err());
         Cli::try_parse_from(["lab-kubelet", "run", "--standalone", "--register-delay", "0.5"]).unwrap();
         Cli::try_parse_from(["lab-kubelet", "ctl", "admit", "n/p", "--limit", "nvidia.com/pgpu=1"]).unwrap();
+        Cli::try_parse_from(["lab-kubelet", "sandbox", "n/p", "--retry-max", "5"]).unwrap();
         Cli::try_parse_from(["lab-kubelet", "ctl", "wait-allocatable", "nvidia.com/pgpu", "2"]).unwrap();
     }
 }

@@ -15,6 +15,7 @@ mod pod_resources;
 mod pods;
 mod registration;
 mod resolve;
+mod sandbox;
 mod state;
 
 #[cfg(test)]
