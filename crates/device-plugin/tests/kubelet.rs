@@ -313,16 +313,31 @@ async fn allocation_gives_nodes_and_refuses_what_it_must() {
         client.pre_start_container(PreStartContainerRequest::default()).await.unwrap();
 
         node.fake.get("0000:c1:00.0").no_driver();
-        kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Healthy", "0000:c1:00.0 Unhealthy"]).await;
+        // Another resource that lives as this one does, and a device that has died.
+        node.fake.nvswitch("0000:05:00.0").group(7).driver("vfio-pci").cdev(2);
+        node.fake.gpu("0000:d1:00.0", 0x2330).group(8).driver("vfio-pci").cdev(3).config(&[0xff; 4096]);
+        kubelet.hears("nvidia.com/nvswitch", &["0000:05:00.0 Healthy"]).await;
+        let ill = ["0000:41:00.0 Healthy", "0000:c1:00.0 Unhealthy", "0000:d1:00.0 Unhealthy"];
+        kubelet.hears("nvidia.com/pgpu", &ill).await;
         let many: Vec<String> = (0..10_000).map(|number| format!("{number}")).collect();
+        let addresses: Vec<String> =
+            (0..10_000).map(|number| format!("{:04x}:{:02x}:00.0", number >> 8, number & 0xff)).collect();
         let huge = "x".repeat(1 << 20);
         let refusals: Vec<(AllocateRequest, Code, &str)> = vec![
             (allocate(&["0000:c1:00.0"]), Code::FailedPrecondition, "bound to no driver"),
+            (allocate(&["0000:d1:00.0"]), Code::FailedPrecondition, "off the bus"),
+            (allocate(&["0000:41:00.0", "0000:d1:00.0"]), Code::FailedPrecondition, "(dead)"),
+            (allocate(&["0000:05:00.0"]), Code::NotFound, "no device \"0000:05:00.0\" of nvidia.com/pgpu"),
             (allocate(&["0000:41:00.0", "7"]), Code::NotFound, "no device \"7\" of nvidia.com/pgpu"),
             (allocate(&["0000:41:00.0", "0000:41:00.0"]), Code::InvalidArgument, "asked for twice"),
             (allocate(&[]), Code::InvalidArgument, "names no device"),
             (AllocateRequest::default(), Code::InvalidArgument, "names no container"),
             (allocate(&many.iter().map(String::as_str).collect::<Vec<_>>()), Code::NotFound, "no device \"0\""),
+            (
+                allocate(&addresses.iter().map(String::as_str).collect::<Vec<_>>()),
+                Code::NotFound,
+                "no device \"0000:00:00.0\"",
+            ),
             (allocate(&[&huge]), Code::NotFound, "xxx\"..."),
         ];
         for (request, code, words) in refusals {
@@ -332,7 +347,8 @@ async fn allocation_gives_nodes_and_refuses_what_it_must() {
             assert!(status.message().len() < 300, "short enough for an event");
         }
         let oversized = "x".repeat(8 << 20);
-        assert!(client.allocate(allocate(&[&oversized])).await.is_err());
+        let status = client.allocate(allocate(&[&oversized])).await.unwrap_err();
+        assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
         node.client().await.allocate(allocate(&["0000:41:00.0"])).await.expect("The plugin has survived");
         node.end(agent).await;
         kubelet.end().await;

@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests fail the test that calls them")]
 
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use agent_core::hostfile::HostDir;
-use agent_core::state::{DeviceRecord, DevicesFile, ErrorRecord, Identity, Origin, Transition};
+use agent_core::state::{DEVICES_FILE, DeviceRecord, DevicesFile, ErrorRecord, Identity, Origin, Transition};
 use device_plugin::observe::{Places, observe};
 use device_plugin::units::{Backend, BackendChoice, CcGate, IdScheme, Policy, Unit, units, withdrawn};
 use hw_probe::Inventory;
@@ -372,6 +373,40 @@ fn cc_managers_word_counts_and_may_be_required() {
             let units = look(&Policy { gate, ..policy() }, &fake, &[]);
             assert_eq!(code(&units), *expected, "{gate:?} {units:?}");
             assert_eq!(units[0].nodes.len(), 1, "a pod that was admitted before can still be resolved");
+        }
+    }
+}
+
+#[test]
+fn a_word_that_cannot_be_read_is_none_and_only_who_requires_one_misses_it() {
+    type Spoil = fn(&Path);
+    let spoils: &[(&str, Spoil)] = &[
+        ("no JSON", |file| std::fs::write(file, "{\"origin\": ").unwrap()),
+        ("no schema of ours", |file| std::fs::write(file, "[]").unwrap()),
+        ("empty", |file| std::fs::write(file, "").unwrap()),
+        ("no text", |file| std::fs::write(file, [0xff; 64]).unwrap()),
+        ("a folder", |file| {
+            std::fs::remove_file(file).unwrap();
+            std::fs::create_dir(file).unwrap();
+        }),
+        ("a link", |file| {
+            let other = file.with_file_name("other.json");
+            std::fs::rename(file, &other).unwrap();
+            std::os::unix::fs::symlink(other, file).unwrap();
+        }),
+        ("open to all", |file| std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o666)).unwrap()),
+        ("in a folder that is open to all", |file| {
+            std::fs::set_permissions(file.parent().unwrap(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        }),
+    ];
+    for (what, spoil) in spoils {
+        let fake = one_gpu();
+        // As it was written it would take the unit away under either gate.
+        devices_file(&fake, BOOT, |file| file.devices[0].usable = false);
+        spoil(&state_dir(&fake).join(DEVICES_FILE));
+        for (gate, expected) in [(CcGate::Off, ""), (CcGate::Require, "cc-not-verified")] {
+            let units = look(&Policy { gate, ..policy() }, &fake, &[]);
+            assert_eq!(code(&units), expected, "{what}, {gate:?}: {units:?}");
         }
     }
 }
