@@ -6,6 +6,7 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use agent_core::cdi;
 use hw_probe::SysRoot;
 use serde::{Deserialize, Serialize};
 
@@ -161,34 +162,25 @@ fn cdi_folder(root: &SysRoot, path: &str) -> CdiFolder {
     CdiFolder { path: format!("/{path}"), present: here.is_dir(), files }
 }
 
-/// The part of a CDI file that matters here.
-#[derive(Deserialize)]
-struct Spec {
-    #[serde(rename = "cdiVersion")]
-    version: String,
-    kind: String,
-    #[serde(default)]
-    devices: Vec<SpecDevice>,
-}
-
-#[derive(Deserialize)]
-struct SpecDevice {
-    name: String,
-}
-
 fn cdi_file(folder: &Path, file: String) -> CdiFile {
     let parsed = text(&folder.join(&file)).and_then(|text| {
         // JSON is YAML.
-        serde_saphyr::from_str::<Spec>(&text).map_err(|error| {
+        serde_saphyr::from_str::<cdi::Spec>(&text).map_err(|error| {
             let error = error.to_string();
             format!("Is no CDI file: {}", error.lines().next().unwrap_or_default())
         })
     });
     match parsed {
-        Ok(Spec { version, kind, devices }) => {
-            let devices: Vec<String> = devices.into_iter().map(|device| device.name).collect();
-            let trouble = agent_core::cdi::trouble(&version, &kind, devices.iter().map(String::as_str));
-            CdiFile { file, cdi_kind: Some(kind), cdi_version: Some(version), cdi_devices: devices, trouble }
+        Ok(spec) => {
+            let trouble = spec.trouble();
+            let devices = spec.devices.into_iter().map(|device| device.name).collect();
+            CdiFile {
+                file,
+                cdi_kind: Some(spec.kind),
+                cdi_version: Some(spec.cdi_version),
+                cdi_devices: devices,
+                trouble,
+            }
         }
         Err(trouble) => {
             CdiFile { file, cdi_kind: None, cdi_version: None, cdi_devices: Vec::new(), trouble: Some(trouble) }
@@ -332,7 +324,7 @@ mod tests {
     #[test]
     fn cdi_files_are_judged_as_kata_would() {
         assert_eq!(cdi(&[("a.yaml", GOOD), ("ignored.txt", "x"), (".b.yaml", "x")]), [None]);
-        let json = r#"{"cdiVersion": "0.6.0", "kind": "a.b/c", "devices": [{"name": "x", "containerEdits": {}}]}"#;
+        let json = r#"{"cdiVersion": "0.6.0", "kind": "a.b/c", "devices": [{"name": "x", "containerEdits": {"env": ["A=B"]}}]}"#;
         assert_eq!(cdi(&[("a.json", json)]), [None]);
         for (content, words) in [
             ("", "Is no CDI file"),
@@ -342,6 +334,8 @@ mod tests {
             ("cdiVersion: 0.5.0\nkind: ab\ndevices: [{name: x}]\n", "vendor/class"),
             ("cdiVersion: 0.5.0\nkind: a/b\n", "Has no devices"),
             ("cdiVersion: 0.5.0\nkind: a/b\ndevices: [{name: x}, {name: x}]\n", "twice"),
+            ("cdiVersion: 0.5.0\nkind: a/b\ndevices: [{name: x, containerEdits: {}}]\n", "nothing to give"),
+            ("cdiVersion: 0.5.0\nkind: a/b\nmore: 1\ndevices: [{name: x}]\n", "Is no CDI file"),
         ] {
             let found = cdi(&[("a.yaml", content)]);
             assert!(matches!(found.as_slice(), [Some(text)] if text.contains(words)), "{content:?}: {found:?}");

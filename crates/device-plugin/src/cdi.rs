@@ -6,8 +6,9 @@
 //! What is written is read back as Kata reads it, with everybody else's files ([`Resolver`]), before the kubelet is told.
 //! The crate container-device-interface (1.1.1) has no features to leave anything out, and would bring 79 more packages into the
 //! lock file for its check against a JSON schema: an HTTP client and, in C, the TLS library that `deny.toml` refuses among
-//! them. So the text is written here, five fields of foreign files are read by serde, and that what is written is valid is
-//! tested with the kubelet stand-in's reader, which is strict and was written from CDI's rules alone.
+//! them. So the text is written here, foreign files are read by serde ([`agent_core::cdi::Spec`]), and that what is written is
+//! valid, and that nothing is missed in what others write, is tested with the kubelet stand-in's reader, which was written from
+//! CDI's rules alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -16,14 +17,13 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-
-use agent_core::cdi::{LONGEST, VERSION, class_and_rest, is_device_name, is_ours};
-use agent_core::hostfile::{HostDir, HostFileError};
-use agent_core::text::chain;
-use serde::Deserialize;
+use std::time::{Duration, Instant};
 
 use crate::names::{ResourceName, VENDOR};
 use crate::units::Unit;
+use agent_core::cdi::{Device, LONGEST, Spec, VERSION, class_and_rest, is_device_name, is_ours};
+use agent_core::hostfile::{HostDir, HostFileError};
+use agent_core::text::chain;
 
 /// Mode of a file, as the reference leaves it.
 const MODE: u32 = 0o600;
@@ -63,22 +63,35 @@ pub struct Synced {
     pub failed: BTreeMap<ResourceName, String>,
 }
 
+/// How long another plugin may take from its CDI file to its socket.
+const TAKEOVER: Duration = Duration::from_secs(10);
+
 /// The folder that CDI libraries read.
-#[derive(Clone, Debug)]
-pub struct CdiFolder(PathBuf);
+#[derive(Debug)]
+pub struct CdiFolder {
+    path: PathBuf,
+    /// What this program has written last.
+    written: BTreeMap<ResourceName, String>,
+    /// What it has written that over, and when, where that was another plugin's.
+    replaced: BTreeMap<ResourceName, (Instant, String)>,
+}
 
 impl CdiFolder {
     /// A folder that need not exist yet.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
+        Self { path: path.into(), written: BTreeMap::new(), replaced: BTreeMap::new() }
     }
 
     /// Makes the folder hold exactly `files` of ours: writes what differs, removes what is stale, leaves what is
     /// foreign. An error on one file does not keep the others from being written.
-    pub fn sync(&self, files: &BTreeMap<ResourceName, String>) -> Synced {
+    ///
+    /// The files of the resources in `aside` are those of whoever serves them now, or of the pods of before. They are left
+    /// alone, but for one that was just written over: a plugin may write its file before it takes the socket.
+    pub fn sync(&mut self, files: &BTreeMap<ResourceName, String>, aside: &BTreeSet<ResourceName>) -> Synced {
         let mut synced = Synced::default();
         // With nothing to write, nothing is made either; but an old file may have to go.
-        let opened = if files.is_empty() { HostDir::open_existing(&self.0) } else { HostDir::open(&self.0).map(Some) };
+        let is_idle = files.keys().all(|resource| aside.contains(resource));
+        let opened = if is_idle { HostDir::open_existing(&self.path) } else { HostDir::open(&self.path).map(Some) };
         let folder = match opened {
             Ok(Some(folder)) => folder,
             Ok(None) => return synced,
@@ -90,18 +103,39 @@ impl CdiFolder {
         for (resource, text) in files {
             let name = file_name(resource);
             // A file that cannot be read or that others may write is not the one that we left.
-            if folder.read(&name, LONGEST).is_ok_and(|found| found.as_deref() == Some(text.as_bytes())) {
+            let found = folder.read(&name, LONGEST).ok().flatten().and_then(|bytes| String::from_utf8(bytes).ok());
+            let is_our_last = found.is_some() && found.as_ref() == self.written.get(resource);
+            let text = if aside.contains(resource) {
+                let replaced = self.replaced.remove(resource).filter(|(at, _)| is_our_last && at.elapsed() < TAKEOVER);
+                let Some((_, theirs)) = replaced else { continue };
+                theirs
+            } else {
+                text.clone()
+            };
+            if found.as_ref() == Some(&text) {
+                self.written.insert(resource.clone(), text);
                 continue;
             }
             // The folder is in memory, and what is not in it after a power cut is written before the kubelet is told.
             match folder.write_for_this_boot(&name, text.as_bytes(), MODE) {
-                Ok(()) => synced.written.push((resource.clone(), folder.path().join(name))),
+                Ok(()) => {
+                    if let Some(theirs) = found.filter(|found| !is_our_last && is_ours(&resource.to_string(), found)) {
+                        self.replaced.insert(resource.clone(), (Instant::now(), theirs));
+                    }
+                    if aside.contains(resource) {
+                        self.written.remove(resource);
+                    } else {
+                        self.written.insert(resource.clone(), text);
+                    }
+                    synced.written.push((resource.clone(), folder.path().join(name)));
+                }
                 Err(error) => {
                     synced.failed.insert(resource.clone(), chain(&error));
                 }
             }
         }
-        for name in stale(&folder, files) {
+        let stays = |resource: &ResourceName| files.contains_key(resource) || aside.contains(resource);
+        for name in stale(&folder, stays) {
             match folder.remove(&name) {
                 Ok(true) => synced.removed.push(folder.path().join(name)),
                 Ok(false) => {}
@@ -110,10 +144,23 @@ impl CdiFolder {
         }
         synced
     }
+
+    /// Where the file of a resource is.
+    pub fn file(&self, resource: &ResourceName) -> PathBuf {
+        self.path.join(file_name(resource))
+    }
+
+    /// Removes the file of a resource if it is still as this program has written it; whether it was.
+    pub fn withdraw(&mut self, resource: &ResourceName) -> Result<bool, HostFileError> {
+        let (name, Some(folder)) = (file_name(resource), HostDir::open_existing(&self.path)?) else { return Ok(false) };
+        let found = folder.read(&name, LONGEST)?;
+        let is_our_last = self.written.get(resource).is_some_and(|text| found.as_deref() == Some(text.as_bytes()));
+        Ok(is_our_last && folder.remove(&name)?)
+    }
 }
 
-/// Names of files that are ours and not among `files`, and of temporary files that a killed process left.
-fn stale(folder: &HostDir, files: &BTreeMap<ResourceName, String>) -> Vec<String> {
+/// Names of files that are ours and of no resource that `stays`, and of temporary files that a killed process left.
+fn stale(folder: &HostDir, stays: impl Fn(&ResourceName) -> bool) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(folder.path()) else { return Vec::new() };
     let ours = |name: &String| {
         if let Some((class, rest)) = name.strip_prefix('.').and_then(class_and_rest) {
@@ -121,7 +168,7 @@ fn stale(folder: &HostDir, files: &BTreeMap<ResourceName, String>) -> Vec<String
         }
         let Some((class, rest)) = class_and_rest(name) else { return false };
         let Ok(resource) = class.parse::<ResourceName>() else { return false };
-        rest.is_empty() && !files.contains_key(&resource) && holds_ours(folder, name, &resource).unwrap_or(false)
+        rest.is_empty() && !stays(&resource) && holds_ours(folder, name, &resource).unwrap_or(false)
     };
     let mut names: Vec<String> =
         entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).filter(ours).collect();
@@ -132,39 +179,6 @@ fn stale(folder: &HostDir, files: &BTreeMap<ResourceName, String>) -> Vec<String
 fn holds_ours(folder: &HostDir, name: &str, resource: &ResourceName) -> Result<bool, HostFileError> {
     let bytes = folder.read(name, LONGEST)?.unwrap_or_default();
     Ok(std::str::from_utf8(&bytes).is_ok_and(|text| is_ours(&resource.to_string(), text)))
-}
-
-/// A CDI file as far as it matters here: which devices it defines, by which nodes.
-#[derive(Deserialize)]
-struct Spec {
-    #[serde(rename = "cdiVersion")]
-    version: String,
-    kind: String,
-    #[serde(default)]
-    devices: Vec<SpecDevice>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct SpecDevice {
-    name: String,
-    #[serde(default)]
-    container_edits: Edits,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Edits {
-    #[serde(default)]
-    device_nodes: Vec<Node>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Node {
-    path: String,
-    #[serde(default)]
-    host_path: Option<String>,
 }
 
 /// Fully qualified names of devices, each with its nodes.
@@ -234,8 +248,9 @@ impl Resolver {
         Self { folders: unique, read: BTreeMap::new() }
     }
 
-    /// Looks whether each of `units` that has nodes resolves to just these.
-    pub fn check(&mut self, units: &[Unit]) -> Resolved {
+    /// Looks whether each of `units` that has nodes resolves to just these. What another process serves (`aside`) is for that
+    /// to see to.
+    pub fn check(&mut self, units: &[Unit], aside: &BTreeSet<ResourceName>) -> Resolved {
         let files = self.refresh();
         let mut resolved = Resolved { problems: self.conflicts(&files, units), ..Resolved::default() };
         for (path, (_, content)) in &self.read {
@@ -243,7 +258,7 @@ impl Resolver {
                 resolved.problems.insert(path.clone(), Problem::Broken(reason.clone()));
             }
         }
-        for unit in units.iter().filter(|unit| !unit.nodes.is_empty()) {
+        for unit in units.iter().filter(|unit| !unit.nodes.is_empty() && !aside.contains(&unit.resource)) {
             if let Err(reason) = self.resolve(&files, unit) {
                 resolved.failed.insert((unit.resource.clone(), unit.id.clone()), reason);
             }
@@ -336,13 +351,11 @@ fn specs(folder: &Path) -> Vec<PathBuf> {
 fn devices(path: &Path) -> Result<Devices, String> {
     let text = text(path).map_err(|error| error.to_string())?;
     let spec: Spec = serde_saphyr::from_str(&text).map_err(|error| first_line(&error.to_string()))?;
-    if let Some(trouble) =
-        agent_core::cdi::trouble(&spec.version, &spec.kind, spec.devices.iter().map(|device| device.name.as_str()))
-    {
+    if let Some(trouble) = spec.trouble() {
         return Err(trouble);
     }
-    let nodes = |edits: Edits| edits.device_nodes.into_iter().map(|node| node.host_path.unwrap_or(node.path)).collect();
-    Ok(spec.devices.into_iter().map(|d| (format!("{}={}", spec.kind, d.name), nodes(d.container_edits))).collect())
+    let nodes = |device: &Device| device.nodes().map(str::to_owned).collect();
+    Ok(spec.devices.iter().map(|device| (format!("{}={}", spec.kind, device.name), nodes(device))).collect())
 }
 
 fn first_line(text: &str) -> String {
@@ -381,6 +394,9 @@ mod tests {
     fn files(texts: &[(&str, &str)]) -> BTreeMap<ResourceName, String> {
         texts.iter().map(|(name, text)| (name.parse().unwrap(), (*text).to_owned())).collect()
     }
+
+    /// Nobody else serves a resource.
+    const ALONE: BTreeSet<ResourceName> = BTreeSet::new();
 
     #[test]
     fn the_text_is_the_contracts() {
@@ -428,22 +444,22 @@ devices:
     #[test]
     fn a_file_is_written_whole_private_and_only_on_change() {
         let folder = tempfile::tempdir().unwrap();
-        let cdi = CdiFolder::new(folder.path().join("run/cdi"));
+        let mut cdi = CdiFolder::new(folder.path().join("run/cdi"));
         let path = folder.path().join("run/cdi/nvidia.com-pgpu.yaml");
         let text = render(&pgpu(), &[unit("1", &["/dev/vfio/devices/vfio1"])]).unwrap();
         let wanted = files(&[("pgpu", &text)]);
 
-        assert_eq!(cdi.sync(&wanted).written, [(pgpu(), path.clone())]);
+        assert_eq!(cdi.sync(&wanted, &ALONE).written, [(pgpu(), path.clone())]);
         let meta = std::fs::metadata(&path).unwrap();
         assert_eq!((meta.mode() & 0o777, std::fs::read_to_string(&path).unwrap()), (0o600, text.clone()));
 
-        assert!(cdi.sync(&wanted).written.is_empty());
+        assert!(cdi.sync(&wanted, &ALONE).written.is_empty());
         assert_eq!(std::fs::metadata(&path).unwrap().ino(), meta.ino(), "nothing changed, nothing written");
 
         std::fs::write(&path, "---\nbroken by someone").unwrap();
         std::fs::write(folder.path().join("run/cdi/.nvidia.com-pgpu.yaml.7.0.0.tmp"), "left by a killed process")
             .unwrap();
-        assert_eq!(cdi.sync(&wanted).written.len(), 1);
+        assert_eq!(cdi.sync(&wanted, &ALONE).written.len(), 1);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
         let names: Vec<_> =
             std::fs::read_dir(folder.path().join("run/cdi")).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -455,10 +471,10 @@ devices:
         let folder = tempfile::tempdir().unwrap();
         let victim = folder.path().join("victim");
         std::fs::write(&victim, "keep").unwrap();
-        let cdi = CdiFolder::new(folder.path().join("cdi"));
+        let mut cdi = CdiFolder::new(folder.path().join("cdi"));
         std::fs::create_dir(folder.path().join("cdi")).unwrap();
         std::os::unix::fs::symlink(&victim, folder.path().join("cdi/nvidia.com-pgpu.yaml")).unwrap();
-        assert!(cdi.sync(&files(&[("pgpu", "text")])).failed.is_empty());
+        assert!(cdi.sync(&files(&[("pgpu", "text")]), &ALONE).failed.is_empty());
         assert_eq!(std::fs::read_to_string(victim).unwrap(), "keep");
         assert!(std::fs::symlink_metadata(folder.path().join("cdi/nvidia.com-pgpu.yaml")).unwrap().is_file());
     }
@@ -480,7 +496,7 @@ devices:
         put("nvidia.com-hooks.yaml", &(ours("hooks") + "        hooks:\n"));
         put("nvidia.yaml", &ours("pgpu"));
         put("vendor.com-x.json", "{}");
-        let synced = CdiFolder::new(folder.path()).sync(&files(&[("pgpu", &ours("pgpu"))]));
+        let synced = CdiFolder::new(folder.path()).sync(&files(&[("pgpu", &ours("pgpu"))]), &ALONE);
         assert_eq!(synced.removed, [folder.path().join("nvidia.com-old.yaml")]);
         let mut left: Vec<_> =
             std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
@@ -535,7 +551,7 @@ devices:
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
                 std::fs::write(path, text).unwrap();
             }
-            let checked = resolver.check(std::slice::from_ref(&unit));
+            let checked = resolver.check(std::slice::from_ref(&unit), &ALONE);
             let reason = checked.failed.get(&(pgpu(), unit.id.clone()));
             assert_eq!(reason.is_some(), !words.is_empty(), "{files:?}: {reason:?}");
             assert!(words.iter().all(|words| reason.unwrap().contains(words)), "{files:?}: {reason:?}");
@@ -547,18 +563,20 @@ devices:
         let unit = unit("1", &["/dev/vfio/devices/vfio1"]);
         let (place, mut resolver) = kata();
         CdiFolder::new(place.path().join("run"))
-            .sync(&files(&[("pgpu", &render(&pgpu(), std::slice::from_ref(&unit)).unwrap())]));
+            .sync(&files(&[("pgpu", &render(&pgpu(), std::slice::from_ref(&unit)).unwrap())]), &ALONE);
         let foreign = place.path().join("etc/foreign.yaml");
         for (text, words) in [
-            ("cdiVersion: 0.5.0\nkind: a.b/c\ndevices: [{name: x}]\n", ""),
+            ("cdiVersion: 0.5.0\nkind: a.b/c\ndevices: [{name: x, containerEdits: {env: [A=B]}}]\n", ""),
+            ("cdiVersion: 0.5.0\nkind: a.b/c\ndevices: [{name: x}]\n", "nothing to give"),
             ("kind: [", "repair or remove it"),
-            ("a: b\n", "missing field"),
+            ("a: b\n", "unknown field"),
+            ("kind: a.b/c\n", "missing field"),
             ("cdiVersion: 0.7.0\nkind: a.b/c\ndevices: [{name: x}]\n", "it knows 0.3.0 to 0.6.0"),
             ("cdiVersion: 0.5.0\nkind: a.b/c\n", "no devices"),
-            ("cdiVersion: 0.5.0\nkind: a.b/cc\ndevices: [{name: x}]\n", ""),
+            ("cdiVersion: 0.5.0\nkind: a.b/cc\ndevices: [{name: x, containerEdits: {env: [A=B]}}]\n", ""),
         ] {
             std::fs::write(&foreign, text).unwrap();
-            let checked = resolver.check(std::slice::from_ref(&unit));
+            let checked = resolver.check(std::slice::from_ref(&unit), &ALONE);
             assert!(checked.failed.is_empty(), "{checked:?}");
             let problem = checked.problems.get(&foreign);
             assert_eq!(problem.is_some(), !words.is_empty(), "{text:?}: {checked:?}");
@@ -569,10 +587,10 @@ devices:
         }
         std::fs::remove_file(&foreign).unwrap();
         nix::unistd::mkfifo(&foreign, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let checked = resolver.check(std::slice::from_ref(&unit));
+        let checked = resolver.check(std::slice::from_ref(&unit), &ALONE);
         assert!(checked.problems[&foreign].to_string().contains("not a regular file"), "{checked:?}");
         std::fs::remove_file(&foreign).unwrap();
-        assert!(resolver.check(&[unit]).problems.is_empty());
+        assert!(resolver.check(&[unit], &ALONE).problems.is_empty());
         assert_eq!(resolver.read.len(), 1);
     }
 
@@ -582,7 +600,7 @@ devices:
         type Case<'a> = (&'a [(&'a str, &'a str)], Option<(&'a str, &'a str, &'a str)>);
         let unit = unit("1", &["/dev/vfio/devices/vfio1"]);
         let ours = render(&pgpu(), std::slice::from_ref(&unit)).unwrap();
-        let foreign = "cdiVersion: 0.5.0\nkind: a.b/c\ndevices: [{name: x}]\n";
+        let foreign = "cdiVersion: 0.5.0\nkind: a.b/c\ndevices: [{name: x, containerEdits: {env: [A=B]}}]\n";
         let cases: &[Case] = &[
             (
                 &[("run/nvidia.com-pgpu.yaml", &ours), ("run/a.yaml", &ours)],
@@ -596,7 +614,7 @@ devices:
             for (name, text) in *files {
                 std::fs::write(place.path().join(name), text).unwrap();
             }
-            let problems = resolver.check(std::slice::from_ref(&unit)).problems;
+            let problems = resolver.check(std::slice::from_ref(&unit), &ALONE).problems;
             let expected = told.map(|(path, device, other)| {
                 let problem = Problem::Conflict { device: device.into(), other: place.path().join(other) };
                 assert_eq!(problem.code(), "cdi-conflict");
@@ -610,14 +628,54 @@ devices:
     fn one_file_that_cannot_be_written_fails_alone() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(folder.path().join("nvidia.com-pgpu.yaml/in-the-way")).unwrap();
-        let synced = CdiFolder::new(folder.path()).sync(&files(&[("nvswitch", "b"), ("pgpu", "a")]));
+        let synced = CdiFolder::new(folder.path()).sync(&files(&[("nvswitch", "b"), ("pgpu", "a")]), &ALONE);
         assert_eq!(synced.written.len(), 1);
         assert_eq!(synced.failed.keys().map(ToString::to_string).collect::<Vec<_>>(), ["nvidia.com/pgpu"]);
 
         let open_to_all = folder.path().join("open");
         std::fs::create_dir(&open_to_all).unwrap();
         std::fs::set_permissions(&open_to_all, std::fs::Permissions::from_mode(0o777)).unwrap();
-        let failed = CdiFolder::new(open_to_all).sync(&files(&[("pgpu", "a")])).failed;
+        let failed = CdiFolder::new(open_to_all).sync(&files(&[("pgpu", "a")]), &ALONE).failed;
         assert!(failed[&pgpu()].contains("is not trusted"), "{failed:?}");
+    }
+
+    #[test]
+    fn what_another_process_serves_is_its_own_to_write() {
+        let place = tempfile::tempdir().unwrap();
+        let text = |node: &str| render(&pgpu(), &[unit("0000:41:00.0", &[node])]).unwrap();
+        let (ours, newer) = (text("/dev/vfio/devices/vfio1"), text("/dev/vfio/devices/vfio2"));
+        let theirs = render(&pgpu(), &[unit("7", &["/dev/vfio/7"])]).unwrap();
+        let path = place.path().join("nvidia.com-pgpu.yaml");
+        let found = || std::fs::read_to_string(&path).ok();
+        let aside: BTreeSet<ResourceName> = [pgpu()].into();
+        let mut cdi = CdiFolder::new(place.path());
+
+        // Nothing is made, nothing is changed, and nothing is removed.
+        assert!(cdi.sync(&files(&[("pgpu", &ours)]), &aside).written.is_empty() && found().is_none());
+        cdi.sync(&files(&[("pgpu", &ours)]), &ALONE);
+        for wanted in [files(&[("pgpu", &newer)]), files(&[])] {
+            let synced = cdi.sync(&wanted, &aside);
+            assert!(synced.written.is_empty() && synced.removed.is_empty(), "{synced:?}");
+        }
+        assert_eq!(found().as_ref(), Some(&ours), "pods of before find their devices");
+        std::fs::write(&path, &theirs).unwrap();
+        cdi.sync(&files(&[("pgpu", &ours)]), &aside);
+        assert_eq!(found().as_ref(), Some(&theirs));
+        assert!(!cdi.withdraw(&pgpu()).unwrap() && found().is_some(), "it is not ours any more");
+
+        // One that writes its file before it takes the socket gets the file back, once.
+        cdi.sync(&files(&[("pgpu", &ours)]), &ALONE);
+        assert_eq!(found().as_ref(), Some(&ours));
+        cdi.sync(&files(&[("pgpu", &ours)]), &aside);
+        assert_eq!(found().as_ref(), Some(&theirs));
+        cdi.sync(&files(&[("pgpu", &ours)]), &ALONE);
+        cdi.sync(&files(&[("pgpu", &newer)]), &ALONE);
+        std::fs::write(&path, &ours).unwrap();
+        cdi.sync(&files(&[("pgpu", &newer)]), &aside);
+        assert_eq!(found().as_ref(), Some(&ours), "what was written since is another's");
+
+        cdi.sync(&files(&[("pgpu", &newer)]), &ALONE);
+        assert!(cdi.withdraw(&pgpu()).unwrap() && found().is_none());
+        assert!(!cdi.withdraw(&pgpu()).unwrap());
     }
 }

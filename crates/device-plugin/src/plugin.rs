@@ -1,5 +1,6 @@
 //! One resource's life with the kubelet: its socket, its registration, and both again whenever they are lost.
 
+use std::collections::BTreeSet;
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -71,9 +72,14 @@ pub struct Plugin {
     pub(crate) metrics: PluginMetrics,
     /// Notes what is allocated.
     pub lately: Lately,
+    /// Says whether it stands back.
+    pub aside: Aside,
     /// How long it waits for the kubelet.
     pub waits: Waits,
 }
+
+/// The resources that another process serves in the place of this one, while it does.
+pub type Aside = watch::Sender<BTreeSet<ResourceName>>;
 
 /// Why the kubelet does not know of us.
 #[derive(Debug, thiserror::Error)]
@@ -395,6 +401,9 @@ impl Plugin {
                     "Another process has taken over the socket of this resource; standing back while it serves"
                 );
                 self.known(false);
+                self.aside.send_modify(|aside| {
+                    aside.insert(self.resource.clone());
+                });
                 while let Ok(Ok(_)) = timeout(CONNECT, tokio::net::UnixStream::connect(path)).await {
                     let armed = changes.arm();
                     tokio::select! {
@@ -403,6 +412,9 @@ impl Plugin {
                         () = sleep(LOOK[usize::from(!armed)]) => {}
                     }
                 }
+                self.aside.send_modify(|aside| {
+                    aside.remove(&self.resource);
+                });
                 Some(End::Lost("the other process is gone"))
             }
         }
@@ -451,6 +463,7 @@ mod tests {
             ready: registry.register("pgpu"),
             metrics: PluginMetrics::register(&Metrics::new()),
             lately: Lately::default(),
+            aside: Aside::default(),
             waits,
         }
     }

@@ -330,6 +330,9 @@ pub enum Fault {
     /// Another file stands in the way of Kata's finding the device.
     #[error("{0}")]
     CdiConflict(String),
+    /// Another file lets Kata find no device at all.
+    #[error("{0}")]
+    CdiBroken(String),
 }
 
 impl Fault {
@@ -355,6 +358,7 @@ impl Fault {
             Self::GivenOtherwise { .. } => "given-otherwise",
             Self::NoCdi(_) => "no-cdi",
             Self::CdiConflict(_) => "cdi-conflict",
+            Self::CdiBroken(_) => "cdi-broken",
         }
     }
 }

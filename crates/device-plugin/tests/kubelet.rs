@@ -569,10 +569,28 @@ async fn another_plugin_on_the_same_socket_is_not_fought() {
     assert_eq!(kubelet.registrations(), registrations);
     timeout(PATIENCE, other.accept()).await.expect("The other was asked whether it lives").unwrap();
 
+    // The CDI file is the other's now: it is not written over, and ours makes way for one under another name.
+    let ours = node.cdi("pgpu").unwrap();
+    let file = node.place.path().join("cdi/nvidia.com-pgpu.yaml");
+    let theirs = ours.replace("0000:c1:00.0", "7");
+    assert_ne!(theirs, ours);
+    std::fs::write(&file, &theirs).unwrap();
+    node.fake.get("0000:c1:00.0").no_driver();
+    sleep(Duration::from_millis(500)).await;
+    assert_eq!(node.cdi("pgpu").as_ref(), Some(&theirs));
+    node.fake.get("0000:c1:00.0").driver("vfio-pci").cdev(1);
+    std::fs::write(&file, &ours).unwrap();
+    let elsewhere = file.with_file_name("other.yaml");
+    std::fs::write(&elsewhere, &theirs).unwrap();
+    until("ours has made way", || node.cdi("pgpu").is_none()).await;
+    assert!(elsewhere.exists());
+
     drop(other);
+    std::fs::remove_file(&elsewhere).unwrap();
     std::fs::remove_file(&path).unwrap();
     until("registered again", || kubelet.registrations() > registrations).await;
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    assert_eq!(node.cdi("pgpu"), Some(ours));
     node.end(agent).await;
     kubelet.end().await;
 }
@@ -652,11 +670,19 @@ async fn a_foreign_file_that_defines_a_unit_takes_it_from_kata_and_so_from_the_k
     let text = r#"{"cdiVersion": "0.5.0", "kind": "nvidia.com/pgpu", "devices": [{"name": "0000:c1:00.0",
         "containerEdits": {"deviceNodes": [{"path": "/dev/vfio/devices/vfio1"}]}}]}"#;
     std::fs::write(&foreign, text).unwrap();
-    kubelet.hears("nvidia.com/pgpu", &["0000:41:00.0 Healthy", "0000:c1:00.0 Unhealthy"]).await;
-    let status = node.client().await.allocate(allocate(&["0000:c1:00.0"])).await.unwrap_err();
-    assert!(status.message().contains("somebody.json") && status.message().contains("cdi-conflict"), "{status:?}");
-    std::fs::write(&foreign, "{").unwrap();
+    // By two files that define one device Kata finds the others neither.
+    let ill = ["0000:41:00.0 Unhealthy", "0000:c1:00.0 Unhealthy"];
+    kubelet.hears("nvidia.com/pgpu", &ill).await;
+    for id in ["0000:41:00.0", "0000:c1:00.0"] {
+        let status = node.client().await.allocate(allocate(&[id])).await.unwrap_err();
+        assert!(status.message().contains("somebody.json") && status.message().contains("cdi-conflict"), "{status:?}");
+    }
+    std::fs::remove_file(&foreign).unwrap();
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    std::fs::write(&foreign, "{").unwrap();
+    kubelet.hears("nvidia.com/pgpu", &ill).await;
+    let status = node.client().await.allocate(allocate(&["0000:41:00.0"])).await.unwrap_err();
+    assert!(status.message().contains("somebody.json") && status.message().contains("cdi-broken"), "{status:?}");
     let broken = |count: u8| format!("ccnode_plugin_cdi_problem_files {count}\n");
     until("the broken file is counted", || node.metrics.encode().unwrap().contains(&broken(1))).await;
     let named = format!("ccnode_plugin_cdi_problem{{file=\"{}\",code=\"cdi-broken\"}} 1", foreign.display());
@@ -667,6 +693,7 @@ async fn a_foreign_file_that_defines_a_unit_takes_it_from_kata_and_so_from_the_k
     };
     until("people are told of the file", told).await;
     std::fs::remove_file(&foreign).unwrap();
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
     until("no file is broken", || node.metrics.encode().unwrap().contains(&broken(0))).await;
     assert!(!node.metrics.encode().unwrap().contains("cdi-broken"));
     until("nor do people hear of one", || !told()).await;

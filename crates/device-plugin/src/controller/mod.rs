@@ -32,6 +32,7 @@ use crate::health::{Errors, FlapRule, Flaps, Remark};
 use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
 use crate::observe::Places;
+use crate::plugin::Aside;
 use crate::pods::{Listener, Pods};
 use crate::quarantine::{Quarantine, SETTLED};
 use crate::server::{Manner, Snapshot};
@@ -139,6 +140,7 @@ pub async fn run(
         readiness,
         units: Vec::new(),
         resources: BTreeMap::new(),
+        aside: Aside::default(),
         tasks: JoinSet::new(),
         pending: None,
         trouble: None,
@@ -195,6 +197,8 @@ struct Controller {
     /// What the kubelet was told last.
     units: Vec<Unit>,
     resources: BTreeMap<ResourceName, watch::Sender<Snapshot>>,
+    /// Resources that another process serves: what Kata finds of them is the other's to say.
+    aside: Aside,
     tasks: JoinSet<()>,
     /// A look that has not come back: no second thread is sent after it.
     pending: Option<Look>,
@@ -221,6 +225,7 @@ struct Controller {
 impl Controller {
     async fn work(&mut self) -> Result<(), ControllerError> {
         let mut devices = DeviceEvents::subscribe();
+        let mut aside = self.aside.subscribe();
         loop {
             let next = Instant::now() + self.config.poll;
             self.state.arm();
@@ -251,6 +256,7 @@ impl Controller {
                 tokio::select! {
                     () = devices.changed() => {}
                     () = self.changes.changed() => {}
+                    _ = aside.changed() => {}
                     () = sleep(next.saturating_duration_since(Instant::now())) => {}
                 }
             };

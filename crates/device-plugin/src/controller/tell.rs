@@ -62,6 +62,7 @@ impl Controller {
                     ready: self.readiness.register(resource.to_string()),
                     metrics: self.metrics.clone(),
                     lately: self.lately.clone(),
+                    aside: self.aside.clone(),
                     waits: Waits::default(),
                 };
                 self.tasks.spawn(plugin.run());
