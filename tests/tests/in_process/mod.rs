@@ -4,7 +4,7 @@
 //! An agent can be stopped at each of its API requests and at each step of its firmware. One that is killed does nothing
 //! afterwards; the API server, the devices, sysfs and the state directory stay for the next one.
 
-#![allow(dead_code, reason = "each of the test files uses its own part of this")]
+#![allow(dead_code, unused_imports, reason = "each of the test files uses its own part of this")]
 
 mod parts;
 
