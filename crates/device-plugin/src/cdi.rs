@@ -8,7 +8,8 @@
 //! lock file for its check against a JSON schema: an HTTP client and, in C, the TLS library that `deny.toml` refuses among
 //! them. So the text is written here, foreign files are read by serde ([`agent_core::cdi::Spec`]), and that what is written is
 //! valid, and that nothing is missed in what others write, is tested with the kubelet stand-in's reader, which was written from
-//! CDI's rules alone.
+//! CDI's rules alone. By hand that crate's own programs were asked, too: `validate` takes the file of this module's first test, and
+//! `cdi devices` lists its devices.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
