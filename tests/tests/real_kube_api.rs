@@ -58,6 +58,7 @@ const CONTRACT: &[Entry<Cluster>] = &[
     entry!(23, a_json_patch_replaces_only_what_is_there),
     entry!(FIRST..=24, a_broken_merge_patch_is_an_error_of_the_server),
     entry!(25, a_broken_merge_patch_is_a_bad_request),
+    entry!(FIRST..=26, a_watch_does_not_begin_with_a_list),
     entry!(27, a_watch_can_begin_with_a_list),
     entry!(FIRST..=22, strict_validation_is_not_known_of),
     entry!(27, strict_validation_refuses_unknown_fields),
@@ -327,10 +328,21 @@ async fn pods_of_one_node_are_listed_and_watched_alone(cluster: &Cluster) -> Res
     Ok(())
 }
 
+/// How a watch is asked for that begins with a list.
+const WITH_A_LIST: &str =
+    "&watch=true&allowWatchBookmarks=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan";
+
+async fn a_watch_does_not_begin_with_a_list(cluster: &Cluster) -> Result<()> {
+    let (_, name) = cluster.node(&[]).await?;
+    let refused = cluster.admin.get(&format!("{}{WITH_A_LIST}", only(&name))).await?.refused(422, "Invalid")?;
+    let message = refused["message"].as_str().unwrap_or_default();
+    ensure!(message.contains("resourceVersionMatch is forbidden for watch"), "{message}");
+    Ok(())
+}
+
 async fn a_watch_can_begin_with_a_list(cluster: &Cluster) -> Result<()> {
     let (_, name) = cluster.node(&[]).await?;
-    let query = "&watch=true&allowWatchBookmarks=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan";
-    let mut watch = cluster.admin.watch(&format!("{}{query}", only(&name))).await?;
+    let mut watch = cluster.admin.watch(&format!("{}{WITH_A_LIST}", only(&name))).await?;
     let first = watch.next().await?.context("the watch ends")?;
     ensure!(first["type"] == "ADDED", "{first:#}");
     let end = watch.until(|event| event["type"] == "BOOKMARK").await?;
