@@ -120,7 +120,10 @@ pub(crate) struct Components {
     kubeconfig: String,
     node: String,
     namespace: String,
+    /// Those whose labels are on the node.
     operands: Vec<(&'static str, &'static str)>,
+    /// Those of them that have a DaemonSet.
+    deployed: Vec<(&'static str, &'static str)>,
     /// Serves the socket of the plugin's pod, where a kubelet runs pods.
     plugin: Option<JoinHandle<Result<()>>>,
 }
@@ -128,26 +131,27 @@ pub(crate) struct Components {
 impl Components {
     /// All of them on the node of the real kubelet.
     pub(crate) async fn on_the_kubelets_node(cluster: &Cluster, namespace: &str) -> Result<Self> {
-        let mut components = Self::deploy(cluster, NODE, namespace, &OPERANDS, 30).await?;
+        let mut components = Self::deploy(cluster, NODE, namespace, [&OPERANDS; 2], 30).await?;
         let (api, pods) = (components.api.clone(), components.pods());
         components.plugin = Some(tokio::spawn(async move { plugin_of_the_pod(&api, &pods).await }));
         Ok(components)
     }
 
-    /// One of them on a node that no kubelet keeps: its pod is made and deleted, and never runs. The real controller makes 20
-    /// requests a second and no more, so that tests side by side wait for each other's components: of one it is half as long.
+    /// Two of them on a node that no kubelet keeps, where pods never run. That of the one is made and deleted by the real
+    /// controller, which makes 20 requests a second and no more, so that tests side by side wait for each other. That of the other
+    /// is [`Components::linger`]'s.
     pub(crate) async fn on_a_bare_node(cluster: &Cluster, node: &str, namespace: &str) -> Result<Self> {
         let status = json!({"status": Self::room()});
         cluster.admin.patch(&format!("/api/v1/nodes/{node}/status"), MERGE, &status).await?.is(200)?;
         // Nobody would confirm the end of a pod: it does not wait for that.
-        Self::deploy(cluster, node, namespace, &[OPERANDS[5]], 0).await
+        Self::deploy(cluster, node, namespace, [&[OPERANDS[0], OPERANDS[5]], &[OPERANDS[5]]], 0).await
     }
 
     async fn deploy(
         cluster: &Cluster,
         node: &str,
         namespace: &str,
-        operands: &[(&'static str, &'static str)],
+        [operands, deployed]: [&[(&'static str, &'static str)]; 2],
         grace: u32,
     ) -> Result<Self> {
         let components = Self {
@@ -156,11 +160,12 @@ impl Components {
             node: node.to_owned(),
             namespace: namespace.to_owned(),
             operands: operands.to_vec(),
+            deployed: deployed.to_vec(),
             plugin: None,
         };
         components.patch_labels(json!({OF: namespace})).await?;
         components.label(|_| Some("true")).await?;
-        for (label, name) in operands {
+        for (label, name) in deployed {
             let answer = components.api.post(&components.sets(), &daemon_set(label, name, namespace, grace)).await?;
             // Of a run that was ended on the way.
             ensure!([201, 409].contains(&answer.code), "{name}: {:#}", answer.body);
@@ -203,7 +208,7 @@ impl Components {
 
     /// Waits until there is a pod of each component, which runs where a kubelet is, or of none.
     pub(crate) async fn until_running(&self, are_there: bool) -> Result<()> {
-        let wanted: BTreeSet<&str> = self.operands.iter().filter(|_| are_there).map(|(_, name)| *name).collect();
+        let wanted: BTreeSet<&str> = self.deployed.iter().filter(|_| are_there).map(|(_, name)| *name).collect();
         let is_so = |pods: &Value| {
             let pods = pods["items"].as_array().map(Vec::as_slice).unwrap_or_default();
             let names: BTreeSet<&str> =
@@ -247,6 +252,27 @@ impl Components {
         Quiet { pods: self.pods(), node: self.node.clone(), path: self.node_path() }
     }
 
+    /// Where the pod is of the component that no controller deploys.
+    pub(crate) fn lingering(&self) -> String {
+        format!("{}/{}", self.pods(), OPERANDS[0].1)
+    }
+
+    /// Makes that pod, if it is not there: it stays until the test deletes it.
+    pub(crate) async fn linger(&self) -> Result<()> {
+        let (_, name) = OPERANDS[0];
+        let pod = json!({
+            "metadata": {"name": name, "labels": {"app": name}},
+            "spec": {
+                "nodeName": self.node, "hostNetwork": true, "automountServiceAccountToken": false,
+                "tolerations": [{"operator": "Exists"}],
+                "containers": [{"name": "main", "image": IMAGE, "imagePullPolicy": "Never"}],
+            },
+        });
+        let answer = self.api.post(&self.pods(), &pod).await?;
+        ensure!([201, 409].contains(&answer.code), "{name}: {:#}", answer.body);
+        Ok(())
+    }
+
     /// The labels by which the components of this test come to a node.
     pub(crate) fn place(&self) -> [(&'static str, &str); 1] {
         [(OF, &self.namespace)]
@@ -281,14 +307,14 @@ impl Components {
     }
 
     /// Takes them away again, and their labels.
-    pub(crate) async fn remove(self) -> Result<()> {
+    pub(crate) async fn remove(&self) -> Result<()> {
         self.label(|_| None).await?;
         self.patch_labels(json!({OF: null})).await?;
-        for (_, name) in &self.operands {
+        for (_, name) in &self.deployed {
             self.api.delete(&format!("{}/{name}", self.sets())).await?.is(200)?;
         }
         self.until_running(false).await?;
-        if let Some(plugin) = self.plugin {
+        if let Some(plugin) = &self.plugin {
             plugin.abort();
         }
         Ok(())

@@ -117,6 +117,8 @@ struct Shared {
     cutting: watch::Sender<()>,
     closing: watch::Sender<()>,
     releasing: watch::Sender<()>,
+    /// Changes when the server has begun to tell of pods.
+    pods_watched: watch::Sender<()>,
     /// How many requests are held.
     held: watch::Sender<usize>,
     /// Refuse new connections.
@@ -160,6 +162,7 @@ impl Proxy {
             cutting: watch::Sender::new(()),
             closing: watch::Sender::new(()),
             releasing: watch::Sender::new(()),
+            pods_watched: watch::Sender::new(()),
             held: watch::Sender::new(0),
             is_down: watch::Sender::new(false),
         });
@@ -204,6 +207,11 @@ impl Proxy {
         let mut held = self.shared.held.subscribe();
         let given_up = tokio::time::timeout(PATIENCE, held.wait_for(|held| *held == 0)).await;
         given_up.context("it waits for ever")?.map(drop).map_err(Into::into)
+    }
+
+    /// Changes whenever somebody begins to watch pods.
+    pub(crate) fn pods_watched(&self) -> watch::Receiver<()> {
+        self.shared.pods_watched.subscribe()
     }
 
     /// Lets every held request go on.
@@ -395,6 +403,9 @@ async fn pass(shared: &Shared, request: Request<Incoming>, fault: Option<Fault>)
     // From here on, so that none is missed that comes while the server answers.
     let closing = shared.closing.subscribe();
     let answer = shared.server.send(passed).await.map_err(io::Error::other)?;
+    if watch.as_ref().is_some_and(|watch| watch.is_of_pods) {
+        shared.pods_watched.send_replace(());
+    }
     match fault {
         Some(Fault::CutAfter) => return Err(cut()),
         Some(Fault::NoAnswerAfter) => {
@@ -470,6 +481,7 @@ struct Watched {
     /// The version from which it begins, or 0.
     from: u64,
     has_bookmarks: bool,
+    is_of_pods: bool,
     /// What a bookmark is an object of.
     bookmarked: [&'static str; 2],
 }
@@ -480,6 +492,7 @@ impl Watched {
         let is_of_pods = request.uri().path().ends_with("/pods");
         Self {
             from: asked(request, "resourceVersion").and_then(|text| text.parse().ok()).unwrap_or(0),
+            is_of_pods,
             has_bookmarks: asked(request, "allowWatchBookmarks") == Some("true"),
             bookmarked: match () {
                 () if accepts.contains("as=PartialObjectMetadata") => ["PartialObjectMetadata", "meta.k8s.io/v1"],
