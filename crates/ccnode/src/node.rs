@@ -156,7 +156,8 @@ fn cdi_folder(root: &SysRoot, path: &str) -> CdiFolder {
     let here = root.join(path);
     let is_cdi = |name: &String| {
         let kind = Path::new(name).extension().and_then(|kind| kind.to_str());
-        matches!(kind, Some("yaml" | "json")) && !name.starts_with('.')
+        let is_folder = fs::symlink_metadata(here.join(name)).is_ok_and(|found| found.is_dir());
+        matches!(kind, Some("yaml" | "json")) && !is_folder
     };
     let files = names(&here).into_iter().filter(is_cdi).map(|name| cdi_file(&here, name)).collect();
     CdiFolder { path: format!("/{path}"), present: here.is_dir(), files }
@@ -323,7 +324,12 @@ mod tests {
 
     #[test]
     fn cdi_files_are_judged_as_kata_would() {
-        assert_eq!(cdi(&[("a.yaml", GOOD), ("ignored.txt", "x"), (".b.yaml", "x")]), [None]);
+        assert_eq!(
+            cdi(&[("a.yaml", GOOD), ("ignored.txt", "x"), (".a.yaml.7.tmp", "x"), ("sub.yaml/b.txt", "x")]),
+            [None]
+        );
+        let hidden = cdi(&[(".b.yaml", "x")]);
+        assert!(matches!(hidden.as_slice(), [Some(text)] if text.contains("Is no CDI file")), "{hidden:?}");
         let json = r#"{"cdiVersion": "0.6.0", "kind": "a.b/c", "devices": [{"name": "x", "containerEdits": {"env": ["A=B"]}}]}"#;
         assert_eq!(cdi(&[("a.json", json)]), [None]);
         for (content, words) in [
