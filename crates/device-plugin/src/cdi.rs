@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{DirEntry, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -321,6 +321,7 @@ impl Resolver {
         let files: Vec<Vec<PathBuf>> = self.folders.iter().map(|folder| specs(folder)).collect();
         self.read.retain(|path, _| files.iter().flatten().any(|file| file == path));
         for path in files.iter().flatten() {
+            // What has gone meanwhile; or a link to where this agent's container sees nothing, and Kata may.
             let Ok(meta) = std::fs::metadata(path) else {
                 self.read.remove(path);
                 continue;
@@ -341,8 +342,9 @@ fn stamp(meta: &Metadata) -> Stamp {
 /// The files of a folder that CDI libraries read, in name order; none where it cannot be read.
 fn specs(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let is_folder = |entry: &DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
     let mut paths: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter_map(|entry| Some(entry.ok().filter(|entry| !is_folder(entry))?.path()))
         .filter(|path| path.extension().is_some_and(|extension| extension == "yaml" || extension == "json"))
         .collect();
     paths.sort();
@@ -553,6 +555,8 @@ devices:
                 std::fs::write(path, text).unwrap();
             }
             let checked = resolver.check(std::slice::from_ref(&unit), &ALONE);
+            let broken = checked.problems.values().find(|problem| matches!(problem, Problem::Broken(_)));
+            assert!(broken.is_none(), "a folder is no file: {broken:?}");
             let reason = checked.failed.get(&(pgpu(), unit.id.clone()));
             assert_eq!(reason.is_some(), !words.is_empty(), "{files:?}: {reason:?}");
             assert!(words.iter().all(|words| reason.unwrap().contains(words)), "{files:?}: {reason:?}");

@@ -5,8 +5,9 @@
 //! nodes later, then the lowest IDs. Up to [`EXHAUSTIVE`] sets that is the best of them all; above, a choice of switch by
 //! switch that is good and quick. The same question gets the same answer, in whatever order it is asked.
 //!
-//! In protected PCIe the domain is all of a node's GPUs and switches: a request for all of them gets all of them, and
-//! what a smaller one is worth is decided when it is allocated ([`crate::server`]).
+//! In protected PCIe the domain is all of a node's GPUs and switches, and cc-manager lets them be offered together or not at
+//! all: a node has no second domain that a choice could mix with it. A request for all of them gets all of them, and what a
+//! smaller one is worth is decided when it is allocated ([`crate::server`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
