@@ -2,24 +2,28 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Write};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lab_vm::wire::{Bytes, Event, Stream};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use crate::serve::Host;
 
-/// How long an ended process's output may stay open before its end is told. A daemon that it left behind keeps the
-/// pipes; whoever waits for the process does not want to wait for the daemon.
+/// How long an ended process's output may stay open, with nothing in it, before its end is told. A daemon that it left behind
+/// keeps the pipes; whoever waits for the process does not want to wait for the daemon.
 const OUTPUT_GRACE: Duration = Duration::from_millis(300);
+/// The same while there is something in it: on a busy machine it takes its time to the host.
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(20);
 
 const PATH: &str = "/bin:/sbin:/usr/bin:/usr/sbin";
 
@@ -47,7 +51,18 @@ struct Entry {
     pid: Pid,
     /// Absent when there is no pipe, or it was closed.
     stdin: Option<Sender<Vec<u8>>>,
-    open_streams: usize,
+    /// The output that has not come to its end.
+    outputs: Vec<(Stream, OwnedFd)>,
+}
+
+impl Entry {
+    /// Whether some of its output is still to be read, be it only its end.
+    fn has_output(&self) -> bool {
+        let mut pipes: Vec<PollFd<'_>> =
+            self.outputs.iter().map(|(_, pipe)| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)).collect();
+        let has = |pipe: &PollFd<'_>| pipe.revents().is_some_and(|found| !found.is_empty());
+        poll(&mut pipes, PollTimeout::ZERO).is_ok() && pipes.iter().any(has)
+    }
 }
 
 impl Processes {
@@ -101,7 +116,13 @@ impl Processes {
             sender
         });
         table.by_pid.insert(pid, id);
-        table.by_id.insert(id, Entry { pid, stdin, open_streams: 2 });
+        let outputs = [
+            child.stdout.as_ref().map(|pipe| (Stream::Stdout, pipe.as_fd())),
+            child.stderr.as_ref().map(|pipe| (Stream::Stderr, pipe.as_fd())),
+        ];
+        let outputs = outputs.into_iter().flatten();
+        let outputs = outputs.filter_map(|(stream, pipe)| Some((stream, pipe.try_clone_to_owned().ok()?))).collect();
+        table.by_id.insert(id, Entry { pid, stdin, outputs });
         // Before the lock is released, so that no event of the process comes earlier.
         self.host.send(&Event::Started { id, pid: raw });
         drop(table);
@@ -128,7 +149,7 @@ impl Processes {
                 }
             }
             if let Some(entry) = this.lock().by_id.get_mut(&id) {
-                entry.open_streams -= 1;
+                entry.outputs.retain(|(open, _)| *open != stream);
             }
             this.table.1.notify_all();
         });
@@ -191,9 +212,20 @@ impl Processes {
 
     fn tell_end(&self, id: u64, status: WaitStatus) {
         let (_, wake) = &*self.table;
-        let guard = self.lock();
-        let still_open = |table: &mut Table| table.by_id.get(&id).is_some_and(|entry| entry.open_streams > 0);
-        drop(wake.wait_timeout_while(guard, OUTPUT_GRACE, still_open).unwrap_or_else(PoisonError::into_inner));
+        let until = Instant::now() + OUTPUT_PATIENCE;
+        let still_open = |table: &mut Table| table.by_id.get(&id).is_some_and(|entry| !entry.outputs.is_empty());
+        let mut guard = self.lock();
+        loop {
+            let waited = wake.wait_timeout_while(guard, OUTPUT_GRACE, still_open);
+            guard = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if Instant::now() >= until || !guard.by_id.get(&id).is_some_and(Entry::has_output) {
+                break;
+            }
+        }
+        if let Some(entry) = guard.by_id.get_mut(&id) {
+            entry.outputs.clear();
+        }
+        drop(guard);
         self.close_stdin(id);
         let (code, signal) = match status {
             WaitStatus::Exited(_, code) => (Some(code), None),
