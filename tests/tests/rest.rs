@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::{
-    CHANGE, STEP, WITH_METRICS, await_rounds, await_that, cc_status, exchanges, hold_group, node, registers_say,
+    CHANGE, PGPU, STEP, WITH_METRICS, await_rounds, await_that, cc_status, exchanges, hold_group, node, registers_say,
     release, the_labels_never_lied, touched, touches, whole_trace,
 };
 use lab::Node;
@@ -233,5 +233,46 @@ fn vfio_manager_at_rest_keeps_little_in_memory_and_sleeps() -> Result<()> {
     let woken = figure(&node, "vfio-manager", "voluntary_ctxt_switches")? - woken;
     println!("woken {woken} times in 10 s");
     ensure!(node.trace().is_empty(), "devices are read while nothing happens: {:?}", node.trace());
+    Ok(())
+}
+
+/// The same for device-plugin, over two GPUs.
+const MOST_OF_DEVICE_PLUGIN: [(&str, u64); 2] = [("RssAnon", 2432), ("VmRSS", 19840)];
+
+#[test]
+fn device_plugin_at_rest_looks_with_its_poll_and_sleeps_between() -> Result<()> {
+    const REST: Duration = Duration::from_secs(20);
+    let Some(mut node) = node("h100x2", &[])? else { return Ok(()) };
+    node.look(&["vfio-manager", "run", "--once"])?;
+    node.start_kubelet()?;
+    // One that does not come in this time, and its own (5 s): looks at the node. Between them it looks whether its socket is
+    // still there, every 15 s.
+    for (poll, looks) in [(Some("1h"), 0), (None, 5)] {
+        let env: Vec<(&str, &str)> = poll.map(|poll| ("POLL_INTERVAL", poll)).into_iter().collect();
+        node.start_agent(&["device-plugin"], &env)?;
+        node.await_allocatable(PGPU, 2, STEP)?;
+        // What the first look has set off comes to its end.
+        std::thread::sleep(Duration::from_secs(4));
+        // Whoever writes one makes a new one.
+        let files = "ls -i /var/run/cdi/* /var/lib/kubelet/device-plugins/ccnode/*";
+        let written = node.look(&["sh", "-c", files])?.text();
+        node.guest.fleet().clear_trace();
+        let woken = figure(&node, "device-plugin", "voluntary_ctxt_switches")?;
+        std::thread::sleep(REST);
+        let woken = figure(&node, "device-plugin", "voluntary_ctxt_switches")? - woken;
+        let trace = whole_trace(&node)?;
+        println!("poll {poll:?}: woken {woken} times in {REST:?}, {} accesses to devices", trace.len());
+        ensure!(woken <= 4 + looks * 8, "woken {woken} times with poll {poll:?}");
+        let is_look = |event: &TraceEvent| event.space == Space::Config && event.kind == Kind::Read;
+        ensure!(trace.iter().all(is_look), "devices are touched: {trace:?}");
+        ensure!(u64::try_from(trace.len())? <= looks * 20, "{} accesses in {looks} looks", trace.len());
+        ensure!(node.look(&["sh", "-c", files])?.text() == written, "a file was written in vain");
+        for (field, most) in MOST_OF_DEVICE_PLUGIN {
+            let found = figure(&node, "device-plugin", field)?;
+            println!("{field} {found} KiB");
+            ensure!(found <= most, "{field} is {found} KiB, more than {most}");
+        }
+        node.stop_agent("device-plugin", Signal::SIGTERM)?;
+    }
     Ok(())
 }
