@@ -16,6 +16,7 @@ pub mod names;
 pub mod observe;
 pub mod plugin;
 pub mod pods;
+mod predecessor;
 pub mod preferred;
 pub mod quarantine;
 pub mod server;

@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::checkpoint::Lately;
 use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
+use crate::predecessor::Predecessor;
 use crate::server::{Manner, Role, Service, Snapshot, digest, options};
 use crate::watch::FolderWatch;
 
@@ -142,6 +143,8 @@ struct Past {
     appeared: Option<(SocketId, Instant)>,
     /// How often it was tried at once.
     quick: u32,
+    /// Whoever had the socket before.
+    predecessor: Predecessor,
 }
 
 impl Past {
@@ -190,6 +193,7 @@ impl Plugin {
             kubelet: None,
             appeared: None,
             quick: 0,
+            predecessor: Predecessor::default(),
         };
         while !self.shutdown.is_requested() {
             // Nothing is served before there is something to serve.
@@ -218,7 +222,8 @@ impl Plugin {
     async fn serve(&mut self, path: &Path, endpoint: &str, past: &mut Past) -> Result<End, ServeError> {
         // Watched before anything is made, so that no change falls between looking and watching.
         let mut changes = FolderWatch::new(&self.folder);
-        let listener = socket::listen(path)?;
+        past.predecessor = Predecessor::at(path).await;
+        let listener = socket::replace(path)?;
         // The kubelet is root; nobody else has business here.
         std::fs::set_permissions(path, Permissions::from_mode(0o600))
             .map_err(|source| ServeError::Prepare { path: path.to_owned(), source })?;
@@ -372,6 +377,10 @@ impl Plugin {
             tokio::select! {
                 () = self.shutdown.wait() => return End::Shutdown,
                 () = changes.changed() => {}
+                () = past.predecessor.gone() => {
+                    tracing::info!(resource = %self.resource, "The plugin that served this resource before has ended");
+                    known = None;
+                }
                 heard = listening.changed() => if heard.is_err() { return End::Over },
                 told = self.units.changed() => if told.is_err() { return End::Over },
                 () = sleep_until(next) => {}

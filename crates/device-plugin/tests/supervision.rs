@@ -151,6 +151,27 @@ async fn two_plugins_of_one_resource_never_take_it_from_each_other() {
     eprintln!("10 restarts with two plugins; 0 fights");
 }
 
+#[tokio::test]
+async fn the_end_of_the_plugin_that_was_replaced_does_not_take_the_resource_along() {
+    let mut world = World::new(2).await;
+    let mut old = world.start(world.config(IdScheme::Pci));
+    world.allocatable(2).await;
+    let pod = world.running_pod(1).await;
+    let ids = world.ids(&pod).await;
+    for round in 0..3 {
+        let new = world.start(world.config(IdScheme::Pci));
+        until("the new one has taken over", || new.readiness.is_ready() && !old.readiness.is_ready()).await;
+        let registered = world.registrations();
+        old.end().await;
+        until("it is told of once more", || world.registrations() > registered).await;
+        world.allocatable(2).await;
+        assert_eq!(world.ids(&pod).await, ids, "round {round}");
+        world.every_gpu_is_given_once(2, std::slice::from_ref(&pod)).await;
+        old = new;
+    }
+    old.end().await;
+}
+
 /// NVIDIA's plugin as far as the kubelet and Kata see it: IDs are numbers of VFIO nodes, nothing is watched, and the CDI
 /// file stays behind.
 #[derive(Clone)]

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -80,13 +81,34 @@ pub async fn connect(path: &Path, deadline: Duration) -> Result<Channel, Error> 
 /// Creates the socket, taking away a stale one first. Call it inside a tokio runtime.
 pub fn listen(path: &Path) -> Result<UnixListener, Error> {
     let listen_error = |source| Error::Listen { path: path.into(), source };
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path).map_err(listen_error)?,
-        Ok(_) => return Err(Error::NotASocket { path: path.into() }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(listen_error(error)),
+    if is_socket(path)? {
+        std::fs::remove_file(path).map_err(listen_error)?;
     }
     UnixListener::bind(path).map_err(listen_error)
+}
+
+/// Creates the socket in the place of one that somebody may still serve, who does not see the path without a socket for a moment.
+/// Call it inside a tokio runtime.
+pub fn replace(path: &Path) -> Result<UnixListener, Error> {
+    static MADE: AtomicU32 = AtomicU32::new(0);
+
+    is_socket(path)?;
+    let listen_error = |source| Error::Listen { path: path.into(), source };
+    // Shorter than any name of a socket: addresses have little room.
+    let name = format!(".{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+    let listener = listen(&path.with_file_name(&name))?;
+    std::fs::rename(path.with_file_name(name), path).map_err(listen_error)?;
+    Ok(listener)
+}
+
+/// Whether a socket is there; an error if something else is.
+fn is_socket(path: &Path) -> Result<bool, Error> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => Ok(true),
+        Ok(_) => Err(Error::NotASocket { path: path.into() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(Error::Listen { path: path.into(), source }),
+    }
 }
 
 /// Serves `router` on a listener from [`listen`] until `stop` completes, then lets running calls end.
@@ -149,11 +171,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_socket_that_is_replaced_is_there_all_the_time() {
+        let folder = tempfile::tempdir_in("/tmp").unwrap();
+        let path = folder.path().join("s");
+        let mut served = replace(&path).unwrap();
+        let watched = path.clone();
+        let looks = std::thread::spawn(move || (0..20_000).all(|_| std::fs::symlink_metadata(&watched).is_ok()));
+        while !looks.is_finished() {
+            served = replace(&path).unwrap();
+        }
+        assert!(looks.join().unwrap(), "the path had no socket for a moment");
+        let names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["s"]);
+        let connected = UnixStream::connect(&path).await;
+        assert!(connected.is_ok() && served.accept().await.is_ok());
+    }
+
+    #[tokio::test]
     async fn what_is_not_a_socket_stays_and_nobody_home_is_an_error() {
         let folder = tempfile::tempdir_in("/tmp").unwrap();
         let path = folder.path().join("f");
         std::fs::write(&path, "keep").unwrap();
         assert!(matches!(listen(&path), Err(Error::NotASocket { .. })));
+        assert!(matches!(replace(&path), Err(Error::NotASocket { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"keep");
         let nobody = folder.path().join("n");
         let error = connect(&nobody, Duration::from_secs(5)).await.unwrap_err();
