@@ -112,7 +112,7 @@ fn the_charts_own_accounts_and_roles_are_enough_and_nothing_is_refused() -> Resu
         components.until_settled(Mode::Off).await.context("at the start")?;
         for mode in [Mode::On, Mode::Off] {
             let asked = changes(&components, &hardware, &account, &cluster, mode).await?;
-            // Before 1.22 a server finds events about nodes invalid, whoever writes them.
+            // The first servers of 1.20 to 1.22 find events about nodes invalid, whoever writes them.
             let told = if cluster.minor < 22 { "create events, 422" } else { "create events" };
             ensure!(asked.contains_key(told), "no event is told: {asked:?}");
             ensure!(

@@ -49,17 +49,18 @@ const CONTRACT: &[Entry<Cluster>] = &[
     entry!(FIRST, events_of_a_node_are_of_the_default_namespace),
     entry!(FIRST, an_event_is_counted_up_by_a_patch),
     entry!(FIRST, a_deleted_pod_stays_until_its_time_is_over),
-    entry!(FIRST..=21, an_event_of_the_newer_kind_about_a_node_is_invalid_outside_of_kube_system),
+    entry!(FIRST..=20, an_event_of_the_newer_kind_about_a_node_is_invalid_outside_of_kube_system),
     entry!(FIRST, a_pod_that_a_budget_needs_is_not_evicted_before_it_may_be),
     entry!(FIRST, an_eviction_of_another_uid_is_a_conflict),
-    entry!(22, an_event_of_the_newer_kind_about_a_node_may_be_in_the_default_namespace),
     entry!(22, evictions_are_of_policy_v1),
     entry!(FIRST..=22, a_json_patch_takes_a_replace_for_an_add),
+    entry!(23, an_event_of_the_newer_kind_about_a_node_may_be_in_the_default_namespace),
     entry!(23, a_json_patch_replaces_only_what_is_there),
     entry!(FIRST..=24, a_broken_merge_patch_is_an_error_of_the_server),
     entry!(25, a_broken_merge_patch_is_a_bad_request),
     entry!(FIRST..=26, a_watch_does_not_begin_with_a_list),
-    entry!(27, a_watch_can_begin_with_a_list),
+    // Its gate is on from here on (in 1.32, too, and not in 1.33).
+    entry!(34, a_watch_can_begin_with_a_list),
     entry!(FIRST..=22, strict_validation_is_not_known_of),
     entry!(27, strict_validation_refuses_unknown_fields),
 ];
@@ -768,8 +769,7 @@ async fn events_of_a_node_are_of_the_default_namespace(cluster: &Cluster) -> Res
     Ok(())
 }
 
-/// As the agents write them. 1.20 refuses it, and 1.22 does not (kubernetes/kubernetes#100125).
-/// What comes of an event of the newer kind about a node.
+/// What comes of an event of the newer kind about a node, as the agents write them.
 async fn newer_event(cluster: &Cluster, name: &str, namespace: &str) -> Result<Answer> {
     let event = json!({
         "metadata": {"generateName": "contract-", "namespace": namespace}, "eventTime": "2026-01-01T00:00:00.000000Z",
@@ -780,6 +780,7 @@ async fn newer_event(cluster: &Cluster, name: &str, namespace: &str) -> Result<A
     cluster.admin.post(&format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"), &event).await
 }
 
+/// Of 1.20.2, that is: the later ones of 1.20 to 1.22 take it (kubernetes/kubernetes#100125).
 async fn an_event_of_the_newer_kind_about_a_node_is_invalid_outside_of_kube_system(cluster: &Cluster) -> Result<()> {
     let (_, name) = cluster.node(&[]).await?;
     newer_event(cluster, &name, "default").await?.refused(422, "Invalid")?;

@@ -307,7 +307,10 @@ fn nothing_listens_beyond_loopback_and_a_bridge_that_is_attached_to_nothing() ->
     }
     println!("{all:#?}");
     // Each of these is looked for, so that an empty answer means nothing.
-    for (name, port) in [("kube-apiserver", 6443), ("etcd", 2379), ("kube-scheduler", 10259)] {
+    let kubelet = (!folder.join("no-kubelet").exists()).then_some(("kubelet", 10250));
+    let of_control_plane =
+        [("kube-apiserver", 6443), ("etcd", 2379), ("kube-scheduler", 10259), ("kube-controller", 10257)];
+    for (name, port) in of_control_plane.into_iter().chain(kubelet) {
         let is_there = all.iter().any(|(found, listener)| found == name && listener.2 == port);
         ensure!(is_there, "{name} does not listen at {port}: {all:#?}");
     }

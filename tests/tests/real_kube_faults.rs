@@ -436,6 +436,8 @@ async fn matrix() -> Result<()> {
         extents.push(worlds[0].change(change, None).await.with_context(|| format!("{change:?} in peace"))?);
     }
     println!("requests and watches of each change: {extents:?}");
+    // Without watches, or with the patches alone, the counting is broken.
+    ensure!(extents.iter().all(|[requests, watches]| *requests >= 6 && *watches >= 2), "{extents:?}");
     let most = |of_watches: usize| extents.iter().map(|extent| extent[of_watches]).max().unwrap_or_default();
     let points = |kinds: &'static [Kind], of_watches: bool| {
         let numbers = 0..most(usize::from(of_watches));

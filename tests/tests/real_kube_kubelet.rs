@@ -44,9 +44,10 @@ const CONTRACT: &[Entry<Machine>] = &[
     entry!(FIRST..=24, the_end_of_a_plugin_that_was_replaced_takes_nothing),
     entry!(25, the_end_of_a_plugin_that_was_replaced_takes_the_resource_until_the_next_list),
     entry!(FIRST..=22, pod_resources_of_one_pod_are_not_known_of),
-    entry!(27, pod_resources_of_one_pod_can_be_got),
     entry!(FIRST..=27, cdi_names_are_passed_over),
     entry!(29, an_unknown_cdi_name_keeps_a_container_from_being_made),
+    // Known since 1.27, by a gate that is on from here on.
+    entry!(34, pod_resources_of_one_pod_can_be_got),
     entry!(FIRST..=30, a_pods_status_does_not_name_its_devices),
     entry!(36, a_pods_status_names_its_devices_and_their_health),
 ];

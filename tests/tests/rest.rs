@@ -265,6 +265,7 @@ fn device_plugin_at_rest_looks_with_its_poll_and_sleeps_between() -> Result<()> 
         ensure!(woken <= 4 + looks * 8, "woken {woken} times with poll {poll:?}");
         let is_look = |event: &TraceEvent| event.space == Space::Config && event.kind == Kind::Read;
         ensure!(trace.iter().all(is_look), "devices are touched: {trace:?}");
+        ensure!(trace.is_empty() == (looks == 0), "it does not look, though its poll is due");
         ensure!(u64::try_from(trace.len())? <= looks * 20, "{} accesses in {looks} looks", trace.len());
         ensure!(node.look(&["sh", "-c", files])?.text() == written, "a file was written in vain");
         for (field, most) in MOST_OF_DEVICE_PLUGIN {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 /// Versions that the CDI library of Kata's Go runtime knows, oldest first.
 const KNOWN: [&str; 4] = ["0.3.0", "0.4.0", "0.5.0", "0.6.0"];
@@ -57,12 +57,12 @@ pub struct Spec {
     pub cdi_version: String,
     /// Vendor and class of its devices.
     pub kind: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     annotations: BTreeMap<String, String>,
     /// Its devices.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub devices: Vec<Device>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     container_edits: Edits,
 }
 
@@ -72,31 +72,35 @@ pub struct Spec {
 pub struct Device {
     /// What it is called within its kind.
     pub name: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     annotations: BTreeMap<String, String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     container_edits: Edits,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Edits {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     env: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     device_nodes: Vec<Node>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     hooks: Vec<Hook>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     mounts: Vec<Mount>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Node {
+    #[serde(deserialize_with = "or_default")]
     path: String,
+    #[serde(deserialize_with = "or_default")]
     host_path: String,
+    #[serde(deserialize_with = "or_default")]
     r#type: String,
+    #[serde(deserialize_with = "or_default")]
     permissions: String,
     #[serde(rename = "major")]
     _major: Option<i64>,
@@ -113,11 +117,13 @@ struct Node {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Hook {
-    #[serde(rename = "hookName")]
+    #[serde(rename = "hookName", deserialize_with = "or_default")]
     moment: String,
+    #[serde(deserialize_with = "or_default")]
     path: String,
+    #[serde(deserialize_with = "or_default")]
     env: Vec<String>,
-    #[serde(rename = "args")]
+    #[serde(rename = "args", deserialize_with = "or_default")]
     _args: Vec<String>,
     #[serde(rename = "timeout")]
     _timeout: Option<i64>,
@@ -126,11 +132,19 @@ struct Hook {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Mount {
+    #[serde(deserialize_with = "or_default")]
     host_path: String,
+    #[serde(deserialize_with = "or_default")]
     container_path: String,
+    #[serde(deserialize_with = "or_default")]
     r#type: String,
-    #[serde(rename = "options")]
+    #[serde(rename = "options", deserialize_with = "or_default")]
     _options: Vec<String>,
+}
+
+/// As Go reads it: a field without value is as if it were not there.
+fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 impl Device {
@@ -144,7 +158,8 @@ impl Device {
 impl Spec {
     /// Why Kata's Go runtime refuses it; none when it is valid. What the file says of its containers' environment is not shown.
     pub fn trouble(&self) -> Option<String> {
-        let Some(version) = KNOWN.iter().position(|known| *known == self.cdi_version) else {
+        let told = self.cdi_version.strip_prefix('v').unwrap_or(&self.cdi_version);
+        let Some(version) = KNOWN.iter().position(|known| *known == told) else {
             let version = &self.cdi_version;
             return Some(format!(
                 "Has version {version:?}, which Kata's Go runtime does not know: it knows 0.3.0 to 0.6.0"
@@ -153,9 +168,6 @@ impl Spec {
         let vendor_and_class = self.kind.split_once('/');
         if !vendor_and_class.is_some_and(|(vendor, class)| is_kind_name(vendor) && is_kind_name(class)) {
             return Some(format!("Has kind {:?}, which is not of the form vendor/class", self.kind));
-        }
-        if self.devices.is_empty() {
-            return Some("Has no devices".into());
         }
         let mut different = BTreeSet::new();
         for Device { name, .. } in &self.devices {
@@ -211,7 +223,10 @@ impl Edits {
                 && node.permissions.chars().all(|c| "rwm".contains(c))
         };
         let troubles = [
-            (variables.clone().any(|variable| !variable.contains('=')), "Has an environment variable without value"),
+            (
+                variables.clone().any(|variable| variable.find('=').is_none_or(|at| at == 0)),
+                "Has an environment variable without name or value",
+            ),
             (self.device_nodes.iter().any(|node| node.path.is_empty()), "Has a device node without path"),
             (
                 !self.device_nodes.iter().all(is_node),
@@ -276,7 +291,16 @@ mod tests {
             ("vendor/class", |file| file["kind"] = "a.b/c/d".into()),
             ("vendor/class", |file| file["kind"] = "a.b/1c".into()),
             ("a class with a dot needs 0.6.0", |file| file["kind"] = "a.b/c.d".into()),
-            ("no devices", |file| file["devices"] = json!([])),
+            // The library refuses it in some versions, and not in others.
+            ("", |file| file["devices"] = json!([])),
+            ("", |file| file["cdiVersion"] = "v0.5.0".into()),
+            ("", |file| {
+                file["annotations"] = Value::Null;
+                file["containerEdits"] = json!({"env": null, "hooks": null, "mounts": null, "deviceNodes": null});
+                file["devices"][0]["annotations"] = Value::Null;
+                file["devices"][0]["containerEdits"]["deviceNodes"][0] =
+                    json!({"path": "/dev/x", "hostPath": null, "type": null, "permissions": null, "major": null});
+            }),
             ("twice", |file| {
                 let device = file["devices"][0].clone();
                 file["devices"].as_array_mut().unwrap().push(device);
@@ -297,8 +321,9 @@ mod tests {
                 file["containerEdits"] = json!({"mounts": [{"hostPath": "/a", "containerPath": "/b", "type": "bind"}]});
             }),
             ("nothing to give", |file| file["devices"][0]["containerEdits"] = json!({"env": []})),
-            ("without value", |file| file["containerEdits"] = json!({"env": ["A"]})),
-            ("without value", |file| {
+            ("without name or value", |file| file["containerEdits"] = json!({"env": ["A"]})),
+            ("without name or value", |file| file["containerEdits"] = json!({"env": ["=A"]})),
+            ("without name or value", |file| {
                 file["containerEdits"] = json!({"hooks": [{"hookName": "prestart", "path": "/x", "env": ["A"]}]});
             }),
             ("node without path", |file| {

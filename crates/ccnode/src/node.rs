@@ -338,7 +338,6 @@ mod tests {
             ("kind: a/b\ndevices: []\n", "Is no CDI file"),
             ("cdiVersion: 1.0.0\nkind: a/b\ndevices: [{name: x}]\n", "does not know"),
             ("cdiVersion: 0.5.0\nkind: ab\ndevices: [{name: x}]\n", "vendor/class"),
-            ("cdiVersion: 0.5.0\nkind: a/b\n", "Has no devices"),
             ("cdiVersion: 0.5.0\nkind: a/b\ndevices: [{name: x}, {name: x}]\n", "twice"),
             ("cdiVersion: 0.5.0\nkind: a/b\ndevices: [{name: x, containerEdits: {}}]\n", "nothing to give"),
             ("cdiVersion: 0.5.0\nkind: a/b\nmore: 1\ndevices: [{name: x}]\n", "Is no CDI file"),

@@ -145,19 +145,6 @@ impl CdiFolder {
         }
         synced
     }
-
-    /// Where the file of a resource is.
-    pub fn file(&self, resource: &ResourceName) -> PathBuf {
-        self.path.join(file_name(resource))
-    }
-
-    /// Removes the file of a resource if it is still as this program has written it; whether it was.
-    pub fn withdraw(&mut self, resource: &ResourceName) -> Result<bool, HostFileError> {
-        let (name, Some(folder)) = (file_name(resource), HostDir::open_existing(&self.path)?) else { return Ok(false) };
-        let found = folder.read(&name, LONGEST)?;
-        let is_our_last = self.written.get(resource).is_some_and(|text| found.as_deref() == Some(text.as_bytes()));
-        Ok(is_our_last && folder.remove(&name)?)
-    }
 }
 
 /// Names of files that are ours and of no resource that `stays`, and of temporary files that a killed process left.
@@ -194,7 +181,7 @@ pub struct Resolver {
     /// Lowest priority first.
     folders: Vec<PathBuf>,
     /// What was read, and is not read again while it is the same file.
-    read: BTreeMap<PathBuf, (Stamp, Result<Devices, String>)>,
+    read: BTreeMap<PathBuf, (Stamp, Result<Devices, Problem>)>,
 }
 
 /// What a look at all CDI files gave.
@@ -209,7 +196,12 @@ pub struct Resolved {
 /// What is wrong with a file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
-    /// It cannot be read, does not parse, or is not valid.
+    /// This agent cannot read it, who has fewer rights than Kata.
+    #[error(
+        "It is not known whether Kata's Go runtime starts pods with devices while this file is there: it cannot be read: {0}"
+    )]
+    Unread(String),
+    /// It does not parse, or is not valid.
     #[error(
         "Kata's Go runtime starts no pod with devices while this file is there, which it cannot read: {0}; repair or remove it"
     )]
@@ -231,6 +223,7 @@ impl Problem {
     /// A stable code for logs and metrics.
     pub fn code(&self) -> &'static str {
         match self {
+            Self::Unread(_) => "cdi-unread",
             Self::Broken(_) => "cdi-broken",
             Self::Conflict { .. } => "cdi-conflict",
         }
@@ -255,8 +248,8 @@ impl Resolver {
         let files = self.refresh();
         let mut resolved = Resolved { problems: self.conflicts(&files, units), ..Resolved::default() };
         for (path, (_, content)) in &self.read {
-            if let Err(reason) = content {
-                resolved.problems.insert(path.clone(), Problem::Broken(reason.clone()));
+            if let Err(problem) = content {
+                resolved.problems.insert(path.clone(), problem.clone());
             }
         }
         for unit in units.iter().filter(|unit| !unit.nodes.is_empty() && !aside.contains(&unit.resource)) {
@@ -327,7 +320,10 @@ impl Resolver {
                 continue;
             };
             let stamp = stamp(&meta);
-            if self.read.get(path).is_none_or(|(known, _)| *known != stamp) {
+            // Why a file cannot be read may be over without a trace on the file.
+            let is_known =
+                |(known, content): &(Stamp, _)| *known == stamp && !matches!(content, Err(Problem::Unread(_)));
+            if !self.read.get(path).is_some_and(is_known) {
                 self.read.insert(path.clone(), (stamp, devices(path)));
             }
         }
@@ -351,11 +347,16 @@ fn specs(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
-fn devices(path: &Path) -> Result<Devices, String> {
-    let text = text(path).map_err(|error| error.to_string())?;
-    let spec: Spec = serde_saphyr::from_str(&text).map_err(|error| first_line(&error.to_string()))?;
+fn devices(path: &Path) -> Result<Devices, Problem> {
+    let text = match text(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Devices::new()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(Problem::Broken(error.to_string())),
+        Err(error) => return Err(Problem::Unread(error.to_string())),
+    };
+    let spec: Spec = serde_saphyr::from_str(&text).map_err(|error| Problem::Broken(first_line(&error.to_string())))?;
     if let Some(trouble) = spec.trouble() {
-        return Err(trouble);
+        return Err(Problem::Broken(trouble));
     }
     let nodes = |device: &Device| device.nodes().map(str::to_owned).collect();
     Ok(spec.devices.iter().map(|device| (format!("{}={}", spec.kind, device.name), nodes(device))).collect())
@@ -577,7 +578,7 @@ devices:
             ("a: b\n", "unknown field"),
             ("kind: a.b/c\n", "missing field"),
             ("cdiVersion: 0.7.0\nkind: a.b/c\ndevices: [{name: x}]\n", "it knows 0.3.0 to 0.6.0"),
-            ("cdiVersion: 0.5.0\nkind: a.b/c\n", "no devices"),
+            ("cdiVersion: 0.5.0\nkind: a.b/c\n", ""),
             ("cdiVersion: 0.5.0\nkind: a.b/cc\ndevices: [{name: x, containerEdits: {env: [A=B]}}]\n", ""),
         ] {
             std::fs::write(&foreign, text).unwrap();
@@ -593,7 +594,9 @@ devices:
         std::fs::remove_file(&foreign).unwrap();
         nix::unistd::mkfifo(&foreign, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let checked = resolver.check(std::slice::from_ref(&unit), &ALONE);
-        assert!(checked.problems[&foreign].to_string().contains("not a regular file"), "{checked:?}");
+        let problem = &checked.problems[&foreign];
+        assert!(problem.to_string().contains("not a regular file"), "{checked:?}");
+        assert_eq!(problem.code(), "cdi-unread", "whoever has more rights may read what this agent cannot");
         std::fs::remove_file(&foreign).unwrap();
         assert!(resolver.check(&[unit], &ALONE).problems.is_empty());
         assert_eq!(resolver.read.len(), 1);
@@ -666,7 +669,6 @@ devices:
         std::fs::write(&path, &theirs).unwrap();
         cdi.sync(&files(&[("pgpu", &ours)]), &aside);
         assert_eq!(found().as_ref(), Some(&theirs));
-        assert!(!cdi.withdraw(&pgpu()).unwrap() && found().is_some(), "it is not ours any more");
 
         // One that writes its file before it takes the socket gets the file back, once.
         cdi.sync(&files(&[("pgpu", &ours)]), &ALONE);
@@ -678,9 +680,5 @@ devices:
         std::fs::write(&path, &ours).unwrap();
         cdi.sync(&files(&[("pgpu", &newer)]), &aside);
         assert_eq!(found().as_ref(), Some(&ours), "what was written since is another's");
-
-        cdi.sync(&files(&[("pgpu", &newer)]), &ALONE);
-        assert!(cdi.withdraw(&pgpu()).unwrap() && found().is_none());
-        assert!(!cdi.withdraw(&pgpu()).unwrap());
     }
 }

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::checkpoint::Lately;
 use crate::metrics::PluginMetrics;
 use crate::names::ResourceName;
-use crate::predecessor::Predecessor;
+use crate::predecessor::Predecessors;
 use crate::server::{Manner, Role, Service, Snapshot, digest, options};
 use crate::watch::FolderWatch;
 
@@ -33,6 +33,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 const REGISTER: Duration = Duration::from_secs(15);
 /// How long open calls may take to end when the server stops.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long the controller may take to write the CDI file of a resource that is served again.
+const HANDOVER: Duration = Duration::from_millis(250);
 /// A socket is there a moment before somebody listens at it: how often a connection is tried again at once, and after
 /// how long.
 const QUICK: (u32, Duration) = (20, Duration::from_millis(5));
@@ -144,7 +146,7 @@ struct Past {
     /// How often it was tried at once.
     quick: u32,
     /// Whoever had the socket before.
-    predecessor: Predecessor,
+    predecessors: Predecessors,
 }
 
 impl Past {
@@ -193,7 +195,7 @@ impl Plugin {
             kubelet: None,
             appeared: None,
             quick: 0,
-            predecessor: Predecessor::default(),
+            predecessors: Predecessors::default(),
         };
         while !self.shutdown.is_requested() {
             // Nothing is served before there is something to serve.
@@ -222,7 +224,12 @@ impl Plugin {
     async fn serve(&mut self, path: &Path, endpoint: &str, past: &mut Past) -> Result<End, ServeError> {
         // Watched before anything is made, so that no change falls between looking and watching.
         let mut changes = FolderWatch::new(&self.folder);
-        past.predecessor = Predecessor::at(path).await;
+        // A wait that was broken off may have left it there.
+        self.aside.send_if_modified(|aside| aside.remove(&self.resource));
+        tokio::select! {
+            () = past.predecessors.meet(path) => {}
+            () = self.shutdown.wait() => return Ok(End::Shutdown),
+        }
         let listener = socket::replace(path)?;
         // The kubelet is root; nobody else has business here.
         std::fs::set_permissions(path, Permissions::from_mode(0o600))
@@ -242,6 +249,7 @@ impl Plugin {
         );
         let router = tonic::transport::Server::builder().add_service(DevicePluginServer::new(service));
         let mut stopped = stopped;
+        let heard = listening.clone();
         let mut server = tokio::spawn(socket::serve(router, listener, async move {
             let _ = stopped.wait_for(|stop| *stop).await;
         }));
@@ -257,6 +265,9 @@ impl Plugin {
                 End::Lost("the server ended")
             }
         };
+        if *heard.borrow() > 0 {
+            past.predecessors.ended();
+        }
         stop.send_replace(true);
         if !server.is_finished() && timeout(DRAIN, &mut server).await.is_err() {
             server.abort();
@@ -377,9 +388,9 @@ impl Plugin {
             tokio::select! {
                 () = self.shutdown.wait() => return End::Shutdown,
                 () = changes.changed() => {}
-                () = past.predecessor.gone() => {
-                    tracing::info!(resource = %self.resource, "The plugin that served this resource before has ended");
-                    known = None;
+                () = past.predecessors.gone() => {
+                    tracing::info!(resource = %self.resource, "What served this resource before has ended");
+                    (known, slow, refused) = (None, None, None);
                 }
                 heard = listening.changed() => if heard.is_err() { return End::Over },
                 told = self.units.changed() => if told.is_err() { return End::Over },
@@ -424,6 +435,8 @@ impl Plugin {
                 self.aside.send_modify(|aside| {
                     aside.remove(&self.resource);
                 });
+                // The CDI file is to be ours before the kubelet hears of us.
+                sleep(HANDOVER).await;
                 Some(End::Lost("the other process is gone"))
             }
         }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::net::{UnixListener, UnixStream};
 use tonic::codegen::http::Uri;
@@ -93,11 +93,14 @@ pub fn replace(path: &Path) -> Result<UnixListener, Error> {
     static MADE: AtomicU32 = AtomicU32::new(0);
 
     is_socket(path)?;
-    let listen_error = |source| Error::Listen { path: path.into(), source };
-    // Shorter than any name of a socket: addresses have little room.
-    let name = format!(".{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
-    let listener = listen(&path.with_file_name(&name))?;
-    std::fs::rename(path.with_file_name(name), path).map_err(listen_error)?;
+    // Shorter than a socket's own name, for addresses have little room; of the time, as in every container the process is number 1.
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().subsec_nanos();
+    let made = path.with_file_name(format!(".{now:x}-{}", MADE.fetch_add(1, Ordering::Relaxed)));
+    let listener = listen(&made)?;
+    std::fs::rename(&made, path).map_err(|source| {
+        let _ = std::fs::remove_file(&made);
+        Error::Listen { path: path.into(), source }
+    })?;
     Ok(listener)
 }
 

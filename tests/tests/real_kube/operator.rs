@@ -138,8 +138,7 @@ impl Components {
     }
 
     /// Two of them on a node that no kubelet keeps, where pods never run. That of the one is made and deleted by the real
-    /// controller, which makes 20 requests a second and no more, so that tests side by side wait for each other. That of the other
-    /// is [`Components::linger`]'s.
+    /// controller, that of the other is [`Components::linger`]'s.
     pub(crate) async fn on_a_bare_node(cluster: &Cluster, node: &str, namespace: &str) -> Result<Self> {
         let status = json!({"status": Self::room()});
         cluster.admin.patch(&format!("/api/v1/nodes/{node}/status"), MERGE, &status).await?.is(200)?;

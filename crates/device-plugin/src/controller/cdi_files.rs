@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use agent_core::text::chain;
 use tokio::time::Instant;
 
 use super::Controller;
@@ -37,7 +36,7 @@ impl Controller {
         let files: BTreeMap<ResourceName, String> =
             by_resource.iter().filter_map(|(name, units)| Some((name.clone(), render(name, units)?))).collect();
         let aside = self.aside.borrow().clone();
-        let mut synced = self.cdi.sync(&files, &aside);
+        let synced = self.cdi.sync(&files, &aside);
         for (resource, path) in &synced.written {
             let devices: Vec<&str> =
                 by_resource.get(resource).into_iter().flatten().map(|unit| unit.id.as_str()).collect();
@@ -45,30 +44,16 @@ impl Controller {
             tracing::info!(event = "cdi_written", path = %path.display(), devices, %resource, "CDI file written");
         }
         let resolved = self.resolver.check(now, &aside);
-        for resource in &aside {
-            let own = self.cdi.file(resource);
-            let is_in_the_way = |problem: &Problem| matches!(problem, Problem::Conflict { other, .. } if *other == own);
-            if !resolved.problems.values().any(is_in_the_way) {
-                continue;
-            }
-            // The pods of before would find their devices in neither.
-            match self.cdi.withdraw(resource) {
-                Ok(true) => synced.removed.push(own),
-                Ok(false) => {}
-                Err(error) => {
-                    tracing::warn!(error = chain(&error), "A CDI file that is in another's way cannot be removed");
-                }
-            }
-        }
         for path in &synced.removed {
             tracing::info!(event = "cdi_removed", path = %path.display(), "Stale CDI file removed");
         }
         // By one such file Kata finds no device at all.
-        let in_the_way = resolved.problems.iter().next().map(|(path, problem)| {
+        let in_the_way = resolved.problems.iter().find_map(|(path, problem)| {
             let text = format!("{}: {problem}", path.display());
             match problem {
-                Problem::Broken(_) => Fault::CdiBroken(text),
-                Problem::Conflict { .. } => Fault::CdiConflict(text),
+                Problem::Unread(_) => None,
+                Problem::Broken(_) => Some(Fault::CdiBroken(text)),
+                Problem::Conflict { .. } => Some(Fault::CdiConflict(text)),
             }
         });
         for unit in now.iter_mut().filter(|unit| unit.fault.is_none()) {

@@ -414,7 +414,7 @@ pub(crate) fn discovery(path: &str) -> Option<Value> {
     let trimmed = path.trim_end_matches('/');
     Some(match trimmed {
         "/version" => json!({
-            "major": "1", "minor": "33", "gitVersion": "v1.33.0+lab", "gitCommit": "", "gitTreeState": "",
+            "major": "1", "minor": "36", "gitVersion": "v1.36.0+lab", "gitCommit": "", "gitTreeState": "",
             "buildDate": "1970-01-01T00:00:00Z", "goVersion": "", "compiler": "", "platform": "linux/amd64",
         }),
         "/api" => json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}),

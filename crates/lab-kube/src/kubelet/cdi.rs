@@ -245,7 +245,7 @@ fn check_name(what: &str, name: &str, inner: &str, digit_first: bool) -> Result<
 
 fn check_edits(edits: &Edits) -> Result<(), String> {
     for env in edits.env.iter().chain(edits.hooks.iter().flat_map(|hook| &hook.env)) {
-        if !env.contains('=') {
+        if env.find('=').is_none_or(|at| at == 0) {
             return Err(format!("environment variable {env:?} has no value"));
         }
     }
