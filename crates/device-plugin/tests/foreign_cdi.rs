@@ -100,7 +100,7 @@ fn files() -> BTreeMap<String, Value> {
         ),
         ("a mount", "/devices/0/containerEdits", json!({"mounts": [{"hostPath": "/a", "containerPath": "/b"}]})),
     ];
-    for version in ["", "0.1.0", "0.3", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "1.0.0"] {
+    for version in ["", "0.2.0", "0.3", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "1.0.0"] {
         for (what, place, value) in &news {
             let mut file = plain.clone();
             file["cdiVersion"] = version.into();
