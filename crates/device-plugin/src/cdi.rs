@@ -102,34 +102,14 @@ impl CdiFolder {
             }
         };
         for (resource, text) in files {
-            let name = file_name(resource);
-            // A file that cannot be read or that others may write is not the one that we left.
-            let found = folder.read(&name, LONGEST).ok().flatten().and_then(|bytes| String::from_utf8(bytes).ok());
-            let is_our_last = found.is_some() && found.as_ref() == self.written.get(resource);
-            let text = if aside.contains(resource) {
-                let replaced = self.replaced.remove(resource).filter(|(at, _)| is_our_last && at.elapsed() < TAKEOVER);
-                let Some((_, theirs)) = replaced else { continue };
-                theirs
+            let done = if aside.contains(resource) {
+                self.give_back(&folder, resource)
             } else {
-                text.clone()
+                self.write(&folder, resource, text)
             };
-            if found.as_ref() == Some(&text) {
-                self.written.insert(resource.clone(), text);
-                continue;
-            }
-            // The folder is in memory, and what is not in it after a power cut is written before the kubelet is told.
-            match folder.write_for_this_boot(&name, text.as_bytes(), MODE) {
-                Ok(()) => {
-                    if let Some(theirs) = found.filter(|found| !is_our_last && is_ours(&resource.to_string(), found)) {
-                        self.replaced.insert(resource.clone(), (Instant::now(), theirs));
-                    }
-                    if aside.contains(resource) {
-                        self.written.remove(resource);
-                    } else {
-                        self.written.insert(resource.clone(), text);
-                    }
-                    synced.written.push((resource.clone(), folder.path().join(name)));
-                }
+            match done {
+                Ok(true) => synced.written.push((resource.clone(), folder.path().join(file_name(resource)))),
+                Ok(false) => {}
                 Err(error) => {
                     synced.failed.insert(resource.clone(), chain(&error));
                 }
@@ -144,6 +124,45 @@ impl CdiFolder {
             }
         }
         synced
+    }
+    /// The file of a resource as it is; none where it is not there, cannot be read, or may be written by others: then it is not
+    /// the one that was left.
+    fn found(folder: &HostDir, resource: &ResourceName) -> Option<String> {
+        String::from_utf8(folder.read(&file_name(resource), LONGEST).ok().flatten()?).ok()
+    }
+
+    /// Writes a file of ours if it is not so already; whether it was written.
+    fn write(&mut self, folder: &HostDir, resource: &ResourceName, text: &str) -> Result<bool, HostFileError> {
+        let found = Self::found(folder, resource);
+        let is_new = found.as_deref() != Some(text);
+        if is_new {
+            // The folder is in memory, and what is not in it after a power cut is written before the kubelet is told.
+            folder.write_for_this_boot(&file_name(resource), text.as_bytes(), MODE)?;
+            let is_others =
+                |found: &String| self.written.get(resource) != Some(found) && is_ours(&resource.to_string(), found);
+            if let Some(theirs) = found.filter(is_others) {
+                self.replaced.insert(resource.clone(), (Instant::now(), theirs));
+            }
+        }
+        self.written.insert(resource.clone(), text.to_owned());
+        Ok(is_new)
+    }
+
+    /// Puts back what another plugin wrote shortly before it took the resource's socket, if ours is in its place; whether it did.
+    fn give_back(&mut self, folder: &HostDir, resource: &ResourceName) -> Result<bool, HostFileError> {
+        let is_our_last = || {
+            let found = Self::found(folder, resource);
+            found.is_some() && found.as_ref() == self.written.get(resource)
+        };
+        let Some((_, theirs)) = self.replaced.get(resource).filter(|(at, _)| at.elapsed() < TAKEOVER && is_our_last())
+        else {
+            self.replaced.remove(resource);
+            return Ok(false);
+        };
+        folder.write_for_this_boot(&file_name(resource), theirs.as_bytes(), MODE)?;
+        self.replaced.remove(resource);
+        self.written.remove(resource);
+        Ok(true)
     }
 }
 

@@ -673,6 +673,13 @@ async fn a_foreign_file_that_defines_a_unit_takes_it_from_kata_and_so_from_the_k
     }
     std::fs::remove_file(&foreign).unwrap();
     kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    // What only this agent cannot read is told, and takes nothing away.
+    nix::unistd::mkfifo(&foreign, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let unread = format!("ccnode_plugin_cdi_problem{{file=\"{}\",code=\"cdi-unread\"}} 1", foreign.display());
+    until("the unread file is named", || node.metrics.encode().unwrap().contains(&unread)).await;
+    node.client().await.allocate(allocate(&["0000:41:00.0"])).await.unwrap();
+    kubelet.hears("nvidia.com/pgpu", BOTH).await;
+    std::fs::remove_file(&foreign).unwrap();
     std::fs::write(&foreign, "{").unwrap();
     kubelet.hears("nvidia.com/pgpu", &ill).await;
     let status = node.client().await.allocate(allocate(&["0000:41:00.0"])).await.unwrap_err();

@@ -172,6 +172,26 @@ async fn the_end_of_the_plugin_that_was_replaced_does_not_take_the_resource_alon
     old.end().await;
 }
 
+#[tokio::test]
+async fn after_the_end_of_a_stream_of_its_own_it_registers_once_more_with_the_same_kubelet_alone() {
+    let world = World::new(1).await;
+    let agent = world.start(world.config(IdScheme::Pci));
+    world.allocatable(1).await;
+    let registered = world.registrations();
+    std::fs::remove_file(world.plugins().join("sandbox-pgpu.sock")).unwrap();
+    until("registered, and once more when the kubelet has heard of the end", || {
+        world.registrations() == registered + 2
+    })
+    .await;
+    world.allocatable(1).await;
+    world.kubelet.restart(Duration::ZERO).await.unwrap();
+    world.allocatable(1).await;
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!(world.registrations(), registered + 3, "one that starts anew ends its streams first, and is told once");
+    world.allocatable(1).await;
+    agent.end().await;
+}
+
 /// NVIDIA's plugin as far as the kubelet and Kata see it: IDs are numbers of VFIO nodes, nothing is watched, and the CDI
 /// file stays behind.
 #[derive(Clone)]
