@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use gpu_firmware::Mode;
-use in_process::{AGENT, Change, NODE, PATIENCE, Point, ROUND_TRIP, Request, When, World};
+use in_process::{AGENT, Change, Kept, NODE, PATIENCE, Point, ROUND_TRIP, Request, When, World};
 use lab_kube::api_server::{Fault, FaultAction};
 use node_object::labels::CC_MODE;
 
@@ -31,15 +31,6 @@ enum Kind {
     Compacted,
     /// The node is deleted, and made again under another UID by its kubelet, with these of its labels.
     Recreated(Kept),
-}
-
-/// What a node keeps of its labels when it is made again.
-#[derive(Clone, Copy, Debug)]
-enum Kept {
-    /// The wanted mode, which somebody sets anew.
-    Mode,
-    /// All, as from a backup.
-    All,
 }
 
 /// The faults of any request.

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use agent::parts::{Change, ROUND_TRIP, ready_state};
+use agent::parts::{Change, Kept, ROUND_TRIP, ready_state};
 use agent::{Agent, Hardware, Start};
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
@@ -52,15 +52,6 @@ enum Kind {
     Compacted,
     /// The node is deleted, and made again under another UID by its kubelet, with these of its labels.
     Recreated(Kept),
-}
-
-/// What a node keeps of its labels when it is made again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kept {
-    /// The wanted mode, which somebody sets anew.
-    Mode,
-    /// All, as from a backup.
-    All,
 }
 
 const fn once(fault: Fault) -> Kind {

@@ -28,7 +28,7 @@ use lab_kube::api_server::{ApiServer, ApiServerConfig, Fault, FaultAction, Histo
 use node_object::annotations;
 use node_object::labels::{CC_MODE, CC_MODE_STATE, CC_READY_STATE};
 use parts::virtual_gpu::Gpu;
-pub(crate) use parts::{Change, ROUND_TRIP};
+pub(crate) use parts::{Change, Kept, ROUND_TRIP};
 use parts::{OPERANDS, Parts, RESOURCE, ready_state};
 use serde_json::{Value, json};
 

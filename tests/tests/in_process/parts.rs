@@ -65,6 +65,15 @@ pub(crate) struct Change {
     pub(crate) is_new_boot: bool,
 }
 
+/// What a node keeps of its labels when it is made again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// The wanted mode, which somebody sets anew.
+    Mode,
+    /// All, as from a backup.
+    All,
+}
+
 /// Changes that lead back to where they begin.
 pub(crate) const ROUND_TRIP: [Change; 5] = [
     Change { to: Mode::On, is_new_boot: false },
