@@ -806,12 +806,18 @@ async fn an_event_is_counted_up_by_a_patch(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-async fn a_deleted_pod_stays_until_its_time_is_over(cluster: &Cluster) -> Result<()> {
+/// A pod `component` in a namespace of its own, on a node that no kubelet keeps: the path of its namespace's pods, and the pod.
+async fn component(cluster: &Cluster) -> Result<(String, Value)> {
     let namespace = cluster.namespace().await?;
     let (_, node) = cluster.node(&[]).await?;
     await_default_account(cluster, &namespace).await?;
     let pods = format!("/api/v1/namespaces/{namespace}/pods");
-    cluster.admin.post(&pods, &pod("component", &node)).await?.is(201)?;
+    let made = cluster.admin.post(&pods, &pod("component", &node)).await?.is(201)?;
+    Ok((pods, made))
+}
+
+async fn a_deleted_pod_stays_until_its_time_is_over(cluster: &Cluster) -> Result<()> {
+    let (pods, _) = component(cluster).await?;
     let path = format!("{pods}/component");
     let marked = cluster.admin.delete(&path).await?.is(200)?;
     ensure!(marked["metadata"]["deletionTimestamp"].is_string(), "{marked:#}");
@@ -831,18 +837,15 @@ fn eviction(version: &str, pod: &str, uid: &Value) -> Value {
 }
 
 async fn a_pod_that_a_budget_needs_is_not_evicted_before_it_may_be(cluster: &Cluster) -> Result<()> {
-    let namespace = cluster.namespace().await?;
-    let (_, node) = cluster.node(&[]).await?;
-    await_default_account(cluster, &namespace).await?;
-    let pods = format!("/api/v1/namespaces/{namespace}/pods");
-    let made = cluster.admin.post(&pods, &pod("component", &node)).await?.is(201)?;
+    let (pods, made) = component(cluster).await?;
+    let namespace = made["metadata"]["namespace"].as_str().context("no namespace")?;
     let path = format!("{pods}/component");
     let eviction = eviction(cluster.policy(), "component", &made["metadata"]["uid"]);
     let evict = async || cluster.admin.post(&format!("{path}/eviction"), &eviction).await;
     // There is no kubelet to say so. One that does not run yet is nobody's loss.
     let runs = json!({"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}});
     cluster.admin.patch(&format!("{path}/status"), STRATEGIC, &runs).await?.is(200)?;
-    cluster.forbid_disruptions(&namespace, "component", "component").await?;
+    cluster.forbid_disruptions(namespace, "component", "component").await?;
     for _ in 0..2 {
         let refused = evict().await?.refused(429, "TooManyRequests")?;
         ensure!(
@@ -858,7 +861,7 @@ async fn a_pod_that_a_budget_needs_is_not_evicted_before_it_may_be(cluster: &Clu
     }
     let stays = cluster.admin.get(&path).await?.is(200)?;
     ensure!(stays["metadata"]["deletionTimestamp"].is_null(), "{stays:#}");
-    cluster.allow_disruptions(&namespace, "component").await?;
+    cluster.allow_disruptions(namespace, "component").await?;
     // The server may not have heard of it yet.
     let deadline = tokio::time::Instant::now() + PATIENCE;
     let answer = loop {
@@ -876,11 +879,7 @@ async fn a_pod_that_a_budget_needs_is_not_evicted_before_it_may_be(cluster: &Clu
 
 /// Another pod may have the name by now. 1.20.2 tries it again and again, and takes ten seconds for the answer.
 async fn an_eviction_of_another_uid_is_a_conflict(cluster: &Cluster) -> Result<()> {
-    let namespace = cluster.namespace().await?;
-    let (_, node) = cluster.node(&[]).await?;
-    await_default_account(cluster, &namespace).await?;
-    let pods = format!("/api/v1/namespaces/{namespace}/pods");
-    cluster.admin.post(&pods, &pod("component", &node)).await?.is(201)?;
+    let (pods, _) = component(cluster).await?;
     let other = eviction(cluster.policy(), "component", &json!("11111111-2222-3333-4444-555555555555"));
     cluster.admin.post(&format!("{pods}/component/eviction"), &other).await?.refused(409, "Conflict")?;
     let stays = cluster.admin.get(&format!("{pods}/component")).await?.is(200)?;
@@ -889,11 +888,7 @@ async fn an_eviction_of_another_uid_is_a_conflict(cluster: &Cluster) -> Result<(
 }
 
 async fn evictions_are_of_policy_v1(cluster: &Cluster) -> Result<()> {
-    let namespace = cluster.namespace().await?;
-    let (_, node) = cluster.node(&[]).await?;
-    await_default_account(cluster, &namespace).await?;
-    let pods = format!("/api/v1/namespaces/{namespace}/pods");
-    cluster.admin.post(&pods, &pod("component", &node)).await?.is(201)?;
+    let (pods, _) = component(cluster).await?;
     let eviction = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": "component"}});
     cluster.admin.post(&format!("{pods}/component/eviction"), &eviction).await?.is(201).map(drop)
 }

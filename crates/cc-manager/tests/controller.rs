@@ -686,15 +686,17 @@ impl World {
     }
 }
 
+/// What the Events about pods that were admitted before a change say.
+fn early_pods_told(world: &World) -> Vec<String> {
+    let events = world.api.events().into_iter();
+    events.filter(|(reason, _)| reason == "PodAdmittedBeforeChange").map(|(_, note)| note).collect()
+}
+
 #[tokio::test]
 async fn a_pod_that_was_admitted_before_a_change_and_starts_after_it_is_told_of() {
     let world = World::new(&[(A, H100), (B, H100)]);
     let (kubelet, agent) = world.start_beside_a_kubelet().await;
-    let told = |world: &World| {
-        let events = world.api.events().into_iter();
-        events.filter(|(reason, _)| reason == "PodAdmittedBeforeChange").map(|(_, note)| note).collect::<Vec<_>>()
-    };
-    assert!(told(&world).is_empty());
+    assert!(early_pods_told(&world).is_empty());
 
     // The kubelet admitted it while the plugin was withdrawing: known to nobody until the devices are owned.
     world.firmware.hold(true);
@@ -703,8 +705,8 @@ async fn a_pod_that_was_admitted_before_a_change_and_starts_after_it_is_told_of(
     kubelet.0.lock().unwrap().extend([("vm", "nvidia.com/pgpu", A), ("vm", "nvidia.com/pgpu", B)]);
     world.firmware.hold(false);
     world.until_state("off", "false").await;
-    until("told", || !told(&world).is_empty()).await;
-    let notes = told(&world);
+    until("told", || !early_pods_told(&world).is_empty()).await;
+    let notes = early_pods_told(&world);
     assert_eq!(notes.len(), 1, "once for a pod: {notes:?}");
     for part in ["ns/vm", "mode off", A, B] {
         assert!(notes[0].contains(part), "{part}: {notes:?}");
@@ -723,12 +725,8 @@ async fn a_pod_is_told_of_the_change_of_its_own_device_though_that_of_another_ha
     kubelet.0.lock().unwrap().extend([("vm", "nvidia.com/pgpu", A), ("other", "nvidia.com/pgpu", B)]);
     world.firmware.hold(false);
     world.until_state("failed", "").await;
-    let told = || {
-        let events = world.api.events().into_iter();
-        events.filter(|(reason, _)| reason == "PodAdmittedBeforeChange").map(|(_, note)| note).collect::<Vec<_>>()
-    };
-    until("told", || !told().is_empty()).await;
-    let notes = told();
+    until("told", || !early_pods_told(&world).is_empty()).await;
+    let notes = early_pods_told(&world);
     assert!(
         notes.len() == 1 && notes[0].contains("ns/vm") && notes[0].contains(A) && !notes[0].contains(B),
         "{notes:?}"
